@@ -1,0 +1,1 @@
+"""The BLIP3-o model and its pipeline, usable without ComfyUI."""

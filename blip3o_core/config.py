@@ -1,0 +1,85 @@
+"""Sizes of the networks written here; defaults are the published 8B checkpoint. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NextDiTConfig:
+    """Numbers of the NextDiT. All follow from a checkpoint's tensors, see checkpoints/infer.py.
+
+    Attributes:
+        dim: width of the token stream.
+        layers: transformer blocks.
+        heads: query heads; `dim / heads` is the head width and must be divisible by 4 for 2-D rotary positions.
+        kv_heads: key and value heads, a divisor of `heads`.
+        in_channels: channels of the feature grid, in and out.
+        conditioning_dim: width C of the backbone's hidden states.
+        ffn_dim: inner width of the SwiGLU feed-forward.
+        time_dim: width of the timestep and pooled-context embedding.
+    """
+
+    dim: int = 1792
+    layers: int = 24
+    heads: int = 28
+    kv_heads: int = 28
+    in_channels: int = 1792
+    conditioning_dim: int = 3584
+    ffn_dim: int = 4864
+    time_dim: int = 1024
+
+    def __post_init__(self) -> None:
+        assert self.dim % self.heads == 0, f"dim {self.dim} is not a multiple of heads {self.heads}"
+        assert self.head_dim % 4 == 0, f"head width {self.head_dim} is not a multiple of 4"
+        assert self.heads % self.kv_heads == 0, (
+            f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}"
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+@dataclass(frozen=True)
+class EvaClipConfig:
+    """Numbers of the EVA-CLIP image encoder; the defaults are EVA-CLIP-E/14+.
+
+    Attributes:
+        width: channels of the image features.
+        layers: transformer blocks.
+        head_width: channels per attention head; no tensor tells it, so config.json must when it is not 112.
+        mlp_dim: inner width of the feed-forward.
+        image_size: side of the square input, pixels.
+        patch_size: side of a patch, pixels.
+        pool: side of the square of patches averaged into one feature; published `gen_pooling` "early_pool2d_4".
+    """
+
+    width: int = 1792
+    layers: int = 64
+    head_width: int = 112
+    mlp_dim: int = 15360
+    image_size: int = 448
+    patch_size: int = 14
+    pool: int = 4
+
+    def __post_init__(self) -> None:
+        assert self.width % self.head_width == 0, (
+            f"width {self.width} is not a multiple of head_width {self.head_width}"
+        )
+        assert self.image_size % self.patch_size == 0, (
+            f"image_size {self.image_size} is not a multiple of patch_size"
+        )
+        assert self.patch_grid % self.pool == 0, (
+            f"{self.patch_grid} patches a side do not pool by {self.pool}"
+        )
+
+    @property
+    def patch_grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def feature_grid(self) -> int:
+        """Features along one side of the image, 8 as published."""
+        return self.patch_grid // self.pool

@@ -1,0 +1,115 @@
+"""EVA-CLIP image encoder: pixels to the grid of image features that the DiT learns to draw.
+
+Letters: B batch, S image side in pixels, T = patches + 1 tokens, W width, g features along one side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import EvaClipConfig
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through a convolution."""
+
+    def __init__(self, config: EvaClipConfig, ops: Any) -> None:
+        super().__init__()
+        self.proj = ops.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.proj(pixels).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, T - 1, W)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self attention with one fused projection."""
+
+    def __init__(self, config: EvaClipConfig, ops: Any) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.qkv = ops.Linear(config.width, 3 * config.width)
+        self.proj = ops.Linear(config.width, config.width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_width))  # (B, T, 3, h, d)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, config: EvaClipConfig, ops: Any) -> None:
+        super().__init__()
+        self.fc1 = ops.Linear(config.width, config.mlp_dim)
+        self.fc2 = ops.Linear(config.mlp_dim, config.width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_states)))
+
+
+class EvaClipBlock(nn.Module):
+    """Post-norm block: the norms sit on the branches' outputs."""
+
+    def __init__(self, config: EvaClipConfig, ops: Any) -> None:
+        super().__init__()
+        self.norm1 = ops.LayerNorm(config.width, eps=1e-6)
+        self.attn = SelfAttention(config, ops)
+        self.norm2 = ops.LayerNorm(config.width, eps=1e-6)
+        self.mlp = FeedForward(config, ops)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = hidden_states + self.norm1(self.attn(hidden_states))
+        return hidden_states + self.norm2(self.mlp(hidden_states))
+
+
+class EvaClip(nn.Module):
+    """EVA-CLIP vision tower without final norm and projection, pooled to a small grid.
+
+    Keys of its state_dict are the published ones below `model.gen_vision_tower.vision_tower.model.`.
+
+    Args:
+        config: sizes.
+        ops: namespace with Linear, LayerNorm and Conv2d; torch.nn, or a host's layer classes.
+
+    Source: BLIP3o@4689ec3 eva_vit.py and eva_clip_encoder.py.
+    """
+
+    def __init__(self, config: EvaClipConfig, ops: Any = nn) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.patch_grid**2 + 1, config.width))
+        self.patch_embed = PatchEmbed(config, ops)
+        self.blocks = nn.ModuleList([EvaClipBlock(config, ops) for _ in range(config.layers)])
+
+    def encode_tokens(self, pixels: Tensor) -> Tensor:
+        """All tokens of CLIP-normalised pixels (B, 3, S, S): (B, T, W), the class token first."""
+        patches = self.patch_embed(pixels)
+        # Cast at use: a parameter of a non-leaf module may be left on another device by a host that streams weights.
+        cls_token = self.cls_token.to(patches).expand(patches.shape[0], -1, -1)
+        hidden_states = torch.cat([cls_token, patches], dim=1) + self.pos_embed.to(patches)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Image features as a grid.
+
+        Args:
+            pixels: CLIP-normalised, (B, 3, image_size, image_size).
+
+        Returns:
+            Patch features averaged in squares of `pool` patches, (B, width, g, g).
+        """
+        side = self.config.patch_grid
+        patches = self.encode_tokens(pixels)[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        return F.avg_pool2d(patches, self.config.pool)
