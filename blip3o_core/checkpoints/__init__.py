@@ -1,0 +1,1 @@
+"""Reading and writing checkpoint folders in the published layout."""

@@ -1,0 +1,95 @@
+"""Sizes of the networks as their tensors tell them; config.json is asked only for what no tensor shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import EvaClipConfig, NextDiTConfig
+from ..errors import WrongCheckpointError
+from .safetensor_files import TensorInfo
+
+DEFAULT_POOL = 4
+
+
+def infer_nextdit(tensors: dict[str, TensorInfo], name: str) -> NextDiTConfig:
+    """Configuration of the DiT.
+
+    Args:
+        tensors: our key -> tensor, of the component `dit`.
+        name: checkpoint name, for messages.
+
+    Raises:
+        WrongCheckpointError: a tensor that tells a size is missing or has an impossible shape.
+    """
+    shape = _shapes(tensors, name, "DiT")
+    dim, in_channels = shape("patch_embedder.proj.weight")
+    heads = shape("layers.0.gate")[0]
+    out_channels = shape("norm_out.linear_2.weight")[0]
+    if out_channels != in_channels:
+        raise WrongCheckpointError(
+            f'The DiT of checkpoint "{name}" reads {in_channels} channels but writes {out_channels}; BLIP3-o\'s are equal.\n'
+            "It is another network of the Lumina family; use BLIP3o-Model-8B or -4B."
+        )
+    try:
+        return NextDiTConfig(
+            dim=dim,
+            layers=_count(tensors, "layers."),
+            heads=heads,
+            kv_heads=shape("layers.0.attn1.to_k.weight")[0] // (dim // heads),
+            in_channels=in_channels,
+            conditioning_dim=shape("caption_projection.linear_1.weight")[1],
+            ffn_dim=shape("layers.0.feed_forward.linear_1.weight")[0],
+            time_dim=shape("time_caption_embed.timestep_embedder.linear_1.weight")[0],
+        )
+    except AssertionError as error:
+        raise WrongCheckpointError(
+            f'The DiT of checkpoint "{name}" has impossible sizes: {error}.'
+        ) from error
+
+
+def infer_eva_clip(tensors: dict[str, TensorInfo], config: dict[str, Any], name: str) -> EvaClipConfig:
+    """Configuration of the image encoder.
+
+    Args:
+        tensors: our key -> tensor, of the component `image_encoder`.
+        config: config.json, for the head width (no tensor tells it) and the pooling.
+        name: checkpoint name, for messages.
+    """
+    shape = _shapes(tensors, name, "EVA-CLIP image encoder")
+    width = shape("cls_token")[-1]
+    patch_size = shape("patch_embed.proj.weight")[-1]
+    side = round((shape("pos_embed")[1] - 1) ** 0.5)
+    pooling = str(config.get("gen_pooling", ""))
+    pool = int(pooling.rsplit("_", 1)[-1]) if pooling.rsplit("_", 1)[-1].isdigit() else DEFAULT_POOL
+    head_width = (config.get("gen_vision_config") or {}).get("head_width", EvaClipConfig.head_width)
+    try:
+        return EvaClipConfig(
+            width=width,
+            layers=_count(tensors, "blocks."),
+            head_width=head_width,
+            mlp_dim=shape("blocks.0.mlp.fc1.weight")[0],
+            image_size=side * patch_size,
+            patch_size=patch_size,
+            pool=pool,
+        )
+    except AssertionError as error:
+        raise WrongCheckpointError(
+            f'The image encoder of checkpoint "{name}" has sizes that do not fit together: {error}.\n'
+            "For a tower other than EVA-CLIP-E/14+, config.json needs gen_vision_config with its head_width."
+        ) from error
+
+
+def _count(tensors: dict[str, TensorInfo], prefix: str) -> int:
+    return 1 + max(int(key[len(prefix) :].split(".", 1)[0]) for key in tensors if key.startswith(prefix))
+
+
+def _shapes(tensors: dict[str, TensorInfo], name: str, what: str):
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in tensors:
+            raise WrongCheckpointError(
+                f'Checkpoint "{name}" is damaged: its {what} lacks the tensor "{key}".\n'
+                "Delete the weight files and download them again."
+            )
+        return tensors[key].shape
+
+    return shape
