@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from ..config import EvaClipConfig
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 class PatchEmbed(nn.Module):
     """Non-overlapping patches through a convolution."""
