@@ -1,1 +1,21 @@
-"""The BLIP3-o model and its pipeline, usable without ComfyUI."""
+"""The BLIP3-o model and its pipeline, usable without ComfyUI. Names are imported when first asked for."""
+
+from importlib import import_module
+
+_HOMES = {
+    "AnswerSettings": "understanding",
+    "Blip3oError": "errors",
+    "Blip3oPipeline": "pipeline",
+    "FeatureSettings": "sampling",
+    "Generation": "pipeline",
+    "PixelSettings": "decoding",
+    "Turn": "understanding",
+    "load_pipeline": "pipeline",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,801 @@
+"""The whole story: prompt -> conditioning -> image features -> pixels, and pictures -> answers."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .checkpoints.keys import COMPONENTS
+from .checkpoints.layout import CheckpointFiles, open_checkpoint, read_json
+from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder
+from .decoding import PixelCallback, PixelSettings, decode_features, picture_size
+from .errors import BadInputError
+from .images import (
+    MAX_PIXELS,
+    MIN_PIXELS,
+    fit_size,
+    from_pil,
+    preprocess_for_image_encoder,
+    preprocess_for_prompt,
+    to_pil,
+    to_pixels,
+)
+from .prompts import (
+    SYSTEM_PROMPT,
+    TRAINED_PROMPT_TOKENS,
+    TextTokenizer,
+    generation_text,
+    image_prompt_text,
+)
+from .sampling import FeatureSettings, StepCallback, check_range, sample_features, seeded_noise
+
+if TYPE_CHECKING:  # transformers and diffusers are imported only when their component is loaded
+    from .models.backbone import Backbone
+    from .models.decoder import Decoder
+    from .models.eva_clip import EvaClip
+    from .models.nextdit import NextDiT
+    from .understanding import AnswerSettings, EncodedRow, PixelLimits, TextCallback, Turn
+
+logger = logging.getLogger(__name__)
+
+# Published code steers the decoder away from features drawn for a bare space, without the chat template.
+PUBLISHED_NEGATIVE_PROMPT = " "
+CACHED_NEGATIVES = 8
+# "auto" on the CPU computes in float32 up to this size on disk, beyond it in the file's bfloat16.
+FLOAT32_ON_CPU_BYTES = 4 * 2**30
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named way to draw.
+
+    Attributes:
+        features, pixels: settings of the two stages.
+        is_published: draw all noise of a picture from one generator in the published order: features, then (once per
+            pipeline) the decoder's negative features, then latents.
+    """
+
+    features: FeatureSettings
+    pixels: PixelSettings
+    is_published: bool = False
+
+
+PRESETS = {
+    "standard": Preset(FeatureSettings(), PixelSettings()),
+    "published": Preset(FeatureSettings(), PixelSettings(), is_published=True),
+    "fast": Preset(FeatureSettings(steps=20, sampler="ab2"), PixelSettings(steps=20, sampler="dpmpp_2m")),
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Pictures and how they came about.
+
+    Attributes:
+        images: (B, H, W, 3), float32 in [0, 1].
+        image_features: (B, N, channels), float32.
+        prompts: prompt of each picture.
+        seeds, pixel_seeds: seed of each picture's features and latents.
+        settings: everything needed to draw them again, as JSON-ready values.
+    """
+
+    images: Tensor
+    image_features: Tensor
+    prompts: list[str]
+    seeds: list[int]
+    pixel_seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        return to_pil(self.images)
+
+
+class Blip3oPipeline:
+    """A checkpoint folder, ready to draw and to look. Components are loaded when first used.
+
+    Args:
+        files: an opened checkpoint, see open_checkpoint.
+        dtype: of the weights and the networks' arithmetic; the sampling loops always sum in float32.
+        device: where networks compute.
+        offload: keep networks in host memory and move each to the device only while it works.
+        image_encoder_path: a separate EVA-CLIP file or its folder.
+        allow_unknown: leave tensors of unknown name out instead of refusing the checkpoint.
+    """
+
+    def __init__(
+        self,
+        files: CheckpointFiles,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        offload: bool = False,
+        image_encoder_path: Path | None = None,
+        allow_unknown: bool = False,
+    ) -> None:
+        self.files = files
+        self.dtype = dtype
+        self.device = device
+        self.offload = offload
+        self._image_encoder_path = image_encoder_path
+        self._allow_unknown = allow_unknown
+        self._components: dict[str, nn.Module] = {}
+        self._tokenizer: TextTokenizer | None = None
+        self._negatives: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = TextTokenizer(self.files.folder)
+        return self._tokenizer
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._component("backbone")
+
+    @property
+    def dit(self) -> NextDiT:
+        return self._component("dit")
+
+    @property
+    def image_encoder(self) -> EvaClip:
+        return self._component("image_encoder")
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._component("decoder")
+
+    def load(self, *components: str) -> Blip3oPipeline:
+        """Load components now instead of at their first use; all that draw when none is named."""
+        for component in components or ("backbone", "dit", "decoder"):
+            self._component(component)
+        return self
+
+    def unload(self, *components: str) -> None:
+        """Forget components (all when none is named); they are read again when next used."""
+        for component in components or COMPONENTS:
+            self._components.pop(component, None)
+
+    # Drawing
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        prompts: str | Sequence[str],
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        *,
+        use_template: bool = True,
+    ) -> Tensor:
+        """Conditioning (B, Q, C) of prompts; each row equals the same prompt encoded alone.
+
+        Args:
+            images: pictures that come before each prompt's text, seen at 448 x 448 pixels as published.
+            use_template: the published chat template; False encodes the bare text.
+
+        Raises:
+            BadInputError: an empty prompt, or not one list of images for each prompt.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        images = [()] * len(prompts) if images is None else images
+        if len(images) != len(prompts):
+            raise BadInputError(
+                f"There are {len(prompts)} prompts but {len(images)} lists of images.\nGive one list for each prompt."
+            )
+        if not prompts or (
+            use_template and any(not p.strip() and not i for p, i in zip(prompts, images, strict=True))
+        ):
+            raise BadInputError("The prompt is empty.\nWrite what the picture should show.")
+        with self._on_device("backbone") as backbone:
+            from .understanding import embed_rows
+
+            rows = [self._prompt_row(*pair, use_template) for pair in zip(prompts, images, strict=True)]
+            embeddings, mask = embed_rows(backbone, self.tokenizer, rows)
+            return backbone.encode_conditioning(embeddings, mask)
+
+    def sample_features(
+        self,
+        conditioning: Tensor,
+        seeds: Sequence[int] | None = None,
+        *,
+        settings: FeatureSettings | None = None,
+        noise: Tensor | None = None,
+        negative_conditioning: Tensor | None = None,
+        start_features: Tensor | None = None,
+        strength: float = 1.0,
+        mask: Tensor | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Tensor:
+        """Image features (B, N, channels), float32, of conditioning (B, Q, C).
+
+        Args:
+            seeds: one for each row; or give `noise` (B, channels, H, W).
+
+        The rest as in sampling.sample_features.
+        """
+        with self._on_device("dit") as dit:
+            if noise is None:
+                noise = seeded_noise(seeds, self.noise_shape)
+            return sample_features(
+                dit,
+                conditioning.to(self.device, self.dtype),
+                noise=noise.to(self.device),
+                settings=settings,
+                negative_conditioning=negative_conditioning,
+                start_features=start_features,
+                strength=strength,
+                mask=mask,
+                on_step=on_step,
+            )
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(channels, H, W) of the feature grid: as many cells as latent queries."""
+        queries = self.files.config.get("n_query") or self.backbone.latent_queries.shape[1]
+        side = round(queries**0.5)
+        return self.dit.config.in_channels, side, side
+
+    def negative_features(
+        self,
+        prompt: str = PUBLISHED_NEGATIVE_PROMPT,
+        *,
+        seed: int = 0,
+        settings: FeatureSettings | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Features (1, N, channels) that the decoder steers away from, sampled once for each prompt, seed and settings.
+
+        A prompt of nothing but spaces is encoded without the chat template, as published.
+
+        Args:
+            noise: instead of the seed's; the result is then kept for the seed all the same.
+        """
+        settings = settings or FeatureSettings()
+        key = (prompt, seed, settings)
+        if key not in self._negatives:
+            conditioning = self.encode_prompts(prompt, use_template=bool(prompt.strip()))
+            self._negatives[key] = self.sample_features(conditioning, [seed], settings=settings, noise=noise)
+            while len(self._negatives) > CACHED_NEGATIVES:
+                self._negatives.popitem(last=False)
+        self._negatives.move_to_end(key)
+        return self._negatives[key]
+
+    def decode(
+        self,
+        image_features: Tensor,
+        seeds: Sequence[int] | None = None,
+        *,
+        settings: PixelSettings | None = None,
+        noise: Tensor | None = None,
+        negative_features: Tensor | None = None,
+        start_images: Tensor | None = None,
+        strength: float = 1.0,
+        on_step: PixelCallback | None = None,
+    ) -> Tensor:
+        """Pictures (B, H, W, 3), float32 in [0, 1] on the CPU, of image features (B, N, channels).
+
+        Args:
+            seeds: one for each row; or give `noise` (B, 4, H/8, W/8).
+            negative_features: (B or 1, N, channels); None = zeros.
+            start_images: pictures to start from, (B or 1, H, W, 3) in [0, 1], of the size to draw.
+            strength: 1 = ignore start_images, 0 = keep them.
+        """
+        settings = settings or PixelSettings()
+        with self._on_device("decoder") as decoder:
+            height, width = picture_size(decoder, settings)
+            if noise is None:
+                shape = (decoder.latent_channels, height // decoder.vae_scale, width // decoder.vae_scale)
+                noise = seeded_noise(seeds, shape)
+            start_latents = None
+            if start_images is not None:
+                with torch.no_grad():
+                    start_latents = decoder.encode_latents(to_pixels(start_images.to(self.device)))
+            pictures = decode_features(
+                decoder,
+                image_features.to(self.device),
+                noise=noise.to(self.device),
+                settings=settings,
+                negative_features=negative_features,
+                start_latents=start_latents,
+                strength=strength,
+                on_step=on_step,
+            )
+        return pictures.permute(0, 2, 3, 1).cpu()
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        images_per_prompt: int = 1,
+        seed: int = 0,
+        pixel_seed: int | None = None,
+        preset: str = "standard",
+        features: FeatureSettings | None = None,
+        pixels: PixelSettings | None = None,
+        negative_prompt: str | None = None,
+        pixel_negative: str | None = PUBLISHED_NEGATIVE_PROMPT,
+        pixel_negative_seed: int = 0,
+        start_features: Tensor | None = None,
+        start_images: Sequence[Image.Image] | None = None,
+        strength: float = 1.0,
+        batch_size: int = 8,
+        on_feature_step: StepCallback | None = None,
+        on_pixel_step: PixelCallback | None = None,
+    ) -> Generation:
+        """Draw pictures from prompts; picture i (prompt by prompt) uses seed + i and equals the same picture drawn alone.
+
+        Args:
+            images: pictures inside each prompt (reconstruct, edit instructions).
+            pixel_seed: seed of the decoder's noise; None = the feature seed.
+            preset: a name in PRESETS; `features` and `pixels` replace its settings.
+            negative_prompt: steers the features; None = all zeros as published.
+            pixel_negative: prompt whose features the decoder steers away from; None = zeros.
+            start_features: features to start from, strength below 1 stays near them (semantic image to image).
+            start_images: pictures whose latents the decoder starts from; with start_features absent, `strength` counts here.
+            batch_size: most pictures in one network call.
+            on_feature_step, on_pixel_step: see sample_features and decode; called for each batch anew.
+
+        Raises:
+            BadInputError: an empty prompt, an unknown preset, or an impossible setting.
+        """
+        if preset not in PRESETS:
+            raise BadInputError(f'There is no preset "{preset}"; choose one of {", ".join(PRESETS)}.')
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_range("images_per_prompt", images_per_prompt, 1, 10_000)
+        check_range("batch_size", batch_size, 1, 10_000)
+        check_range("seed", seed, 0, MAX_SEED)
+        features, pixels = features or PRESETS[preset].features, pixels or PRESETS[preset].pixels
+        total = len(prompts) * images_per_prompt
+        seeds = [seed + i for i in range(total)]
+        pixel_seeds = [(seed if pixel_seed is None else pixel_seed) + i for i in range(total)]
+        conditioning = self.encode_prompts(prompts, images).repeat_interleave(images_per_prompt, dim=0)
+        negative_conditioning = None if negative_prompt is None else self.encode_prompts(negative_prompt)
+        noise = (
+            _PublishedNoise(self, seeds)
+            if PRESETS[preset].is_published
+            else _SeededNoise(self, seeds, pixel_seeds)
+        )
+        sampled = torch.cat(
+            [
+                self.sample_features(
+                    conditioning[rows],
+                    settings=features,
+                    noise=noise.features(rows),
+                    negative_conditioning=negative_conditioning,
+                    start_features=_rows(start_features, rows),
+                    strength=strength if start_features is not None else 1.0,
+                    on_step=on_feature_step,
+                )
+                for rows in _batches(total, batch_size)
+            ]
+        )
+        away = None
+        if pixel_negative is not None and pixels.guidance_scale != 1:
+            away = self.negative_features(
+                pixel_negative, seed=pixel_negative_seed, settings=features, noise=noise.negative()
+            )
+        start = None
+        if start_images is not None:
+            height, width = picture_size(self.decoder, pixels)
+            start = from_pil([fit_size(picture, width, height) for picture in start_images])
+        pictures = torch.cat(
+            [
+                self.decode(
+                    sampled[rows],
+                    settings=pixels,
+                    noise=noise.latents(rows, pixels),
+                    negative_features=away,
+                    start_images=_rows(start, rows),
+                    strength=strength if start_features is None else 1.0,
+                    on_step=on_pixel_step,
+                )
+                for rows in _batches(total, batch_size)
+            ]
+        )
+        used = {
+            "preset": preset,
+            "features": vars(features),
+            "pixels": {**vars(pixels), "height": pictures.shape[1], "width": pictures.shape[2]},
+            "negative_prompt": negative_prompt,
+            "pixel_negative": pixel_negative,
+            "pixel_negative_seed": pixel_negative_seed,
+            "strength": strength,
+        }
+        each = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        return Generation(pictures, sampled.cpu(), each, seeds, pixel_seeds, used)
+
+    @torch.no_grad()
+    def encode_images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Image features (B, N, channels), float32, of pictures through EVA-CLIP."""
+        if not pictures:
+            raise BadInputError("There is no picture to encode.\nGive at least one.")
+        with self._on_device("image_encoder") as encoder:
+            size = encoder.config.image_size
+            pixels = torch.stack([preprocess_for_image_encoder(picture, size) for picture in pictures])
+            grid = encoder(pixels.to(self.device, self.dtype))
+        return grid.flatten(2).transpose(1, 2).float()
+
+    def vary(
+        self,
+        pictures: Sequence[Image.Image],
+        *,
+        prompt: str | None = None,
+        strength: float = 0.6,
+        count: int = 1,
+        seed: int = 0,
+        pixel_seed: int | None = None,
+        preset: str = "standard",
+        features: FeatureSettings | None = None,
+        pixels: PixelSettings | None = None,
+        batch_size: int = 8,
+        on_feature_step: StepCallback | None = None,
+        on_pixel_step: PixelCallback | None = None,
+    ) -> Generation:
+        """New pictures from old ones: their EVA-CLIP features decoded anew.
+
+        Args:
+            prompt: None redraws each picture as it is; a text moves the features towards it (semantic image to image).
+            strength: how far towards the prompt, 0 to 1; not read without a prompt.
+            count: pictures drawn for each input.
+        """
+        encoded = self.encode_images(pictures).repeat_interleave(count, dim=0)
+        if prompt is not None:
+            return self.generate(
+                [prompt] * len(encoded),
+                seed=seed,
+                pixel_seed=pixel_seed,
+                preset=preset,
+                features=features,
+                pixels=pixels,
+                start_features=encoded,
+                strength=strength,
+                batch_size=batch_size,
+                on_feature_step=on_feature_step,
+                on_pixel_step=on_pixel_step,
+            )
+        pixels = pixels or PRESETS[preset].pixels
+        pixel_seeds = [(seed if pixel_seed is None else pixel_seed) + i for i in range(len(encoded))]
+        away = self.negative_features() if pixels.guidance_scale != 1 else None
+        drawn = [
+            self.decode(
+                encoded[rows],
+                pixel_seeds[rows],
+                settings=pixels,
+                negative_features=away,
+                on_step=on_pixel_step,
+            )
+            for rows in _batches(len(encoded), batch_size)
+        ]
+        seeds = [seed + i for i in range(len(encoded))]
+        used = {"preset": preset, "pixels": vars(pixels), "pixel_negative": PUBLISHED_NEGATIVE_PROMPT}
+        return Generation(torch.cat(drawn), encoded.cpu(), [""] * len(encoded), seeds, pixel_seeds, used)
+
+    # Looking
+
+    def ask(
+        self,
+        questions: str | Sequence[str],
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        *,
+        settings: AnswerSettings | None = None,
+        system_prompt: str = SYSTEM_PROMPT,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        on_text: TextCallback | None = None,
+    ) -> list[str]:
+        """Answers to questions; each equals the same question asked alone.
+
+        Args:
+            questions: one for all lists of images, or one each.
+            images: the pictures each question is about; None = none.
+            min_pixels, max_pixels: area at which a picture is looked at; more pixels show finer detail and cost time.
+            on_text: see understanding.write_answers.
+        """
+        from .understanding import Turn
+
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        images = [()] * len(questions) if images is None else [tuple(each) for each in images]
+        if len(questions) == 1:
+            questions = questions * len(images)
+        if len(questions) != len(images):
+            raise BadInputError(
+                f"There are {len(questions)} questions about {len(images)} lists of images.\nGive one question, or one for each list."
+            )
+        chats = [[Turn("user", question, each)] for question, each in zip(questions, images, strict=True)]
+        return self.chat(
+            chats,
+            settings=settings,
+            system_prompt=system_prompt,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            on_text=on_text,
+        )
+
+    def caption(self, pictures: Sequence[Image.Image], style: str = "short", **options: Any) -> list[str]:
+        """One caption for each picture.
+
+        Args:
+            style: a name in understanding.CAPTION_STYLES.
+            options: see ask.
+        """
+        from .understanding import CAPTION_STYLES
+
+        if style not in CAPTION_STYLES:
+            raise BadInputError(
+                f'There is no caption style "{style}"; choose one of {", ".join(CAPTION_STYLES)}.'
+            )
+        return self.ask(CAPTION_STYLES[style], [[picture] for picture in pictures], **options)
+
+    def chat(
+        self,
+        chats: Sequence[Sequence[Turn]],
+        *,
+        settings: AnswerSettings | None = None,
+        system_prompt: str = SYSTEM_PROMPT,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        on_text: TextCallback | None = None,
+    ) -> list[str]:
+        """The assistant's next answer in each chat; every chat ends with a user's turn."""
+        from .understanding import encode_chat, write_answers
+
+        if not chats:
+            raise BadInputError("There is no question to answer.\nGive at least one question or picture.")
+        limits = self._pixel_limits(min_pixels, max_pixels)
+        with self._on_device("backbone") as backbone:
+            rows = [encode_chat(backbone, self.tokenizer, turns, limits, system_prompt) for turns in chats]
+            return write_answers(backbone, self.tokenizer, rows, settings, on_text)
+
+    def choose(
+        self,
+        question: str,
+        choices: Sequence[str],
+        images: Sequence[Image.Image] = (),
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> dict[str, float]:
+        """Probability of each choice as the answer, summing to 1."""
+        from .understanding import choice_log_probabilities
+
+        if len(choices) < 2:
+            raise BadInputError(f"There are {len(choices)} choices; give at least two.")
+        row = self._question_row(question, images, min_pixels, max_pixels)
+        with self._on_device("backbone") as backbone:
+            scores = choice_log_probabilities(backbone, self.tokenizer, row, choices)
+        return dict(zip(choices, scores.softmax(0).tolist(), strict=True))
+
+    def ask_yes_no(
+        self,
+        question: str,
+        images: Sequence[Image.Image] = (),
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> float:
+        """Probability, 0 to 1, that the answer is yes."""
+        from .understanding import yes_probability
+
+        row = self._question_row(question, images, min_pixels, max_pixels)
+        with self._on_device("backbone") as backbone:
+            return yes_probability(backbone, self.tokenizer, row)
+
+    def score(self, pictures: Sequence[Image.Image], statement: str) -> list[float]:
+        """For each picture, the probability, 0 to 1, that it shows the statement."""
+        from .understanding import MATCH_QUESTION
+
+        question = MATCH_QUESTION.format(statement=statement.strip().rstrip("."))
+        return [self.ask_yes_no(question, [picture]) for picture in pictures]
+
+    # Inside
+
+    def _component(self, name: str) -> Any:
+        if name not in self._components:
+            place = "cpu" if self.offload else self.device
+            options: dict[str, Any] = {"dtype": self.dtype, "device": place}
+            if name == "decoder":
+                self._components[name] = load_decoder(self.files, **options)
+            elif name == "image_encoder":
+                self._components[name] = load_image_encoder(
+                    self.files, path=self._image_encoder_path, allow_unknown=self._allow_unknown, **options
+                )
+            else:
+                load = load_backbone if name == "backbone" else load_dit
+                self._components[name] = load(self.files, allow_unknown=self._allow_unknown, **options)
+        return self._components[name]
+
+    @contextmanager
+    def _on_device(self, name: str) -> Iterator[Any]:
+        component = self._component(name)
+        if not self.offload:
+            yield component
+            return
+        component.to(self.device)
+        try:
+            yield component
+        finally:
+            component.to("cpu")
+
+    def _prompt_row(self, prompt: str, pictures: Sequence[Image.Image], use_template: bool) -> EncodedRow:
+        from .understanding import EncodedRow, encode_picture
+
+        if not pictures:
+            token_ids = self.tokenizer.encode_for_generation(
+                generation_text(prompt) if use_template else prompt
+            )
+            if len(token_ids) > TRAINED_PROMPT_TOKENS + 1:
+                logger.warning(
+                    "This prompt has %d tokens; BLIP3-o was trained on at most %d and may ignore the rest. Shorten it.",
+                    len(token_ids) - 1,
+                    TRAINED_PROMPT_TOKENS,
+                )
+            return EncodedRow(token_ids)
+        limits = self._pixel_limits(None, None)
+        encoded = [
+            encode_picture(self.backbone, preprocess_for_prompt(picture), limits) for picture in pictures
+        ]
+        text = image_prompt_text(prompt, len(pictures))
+        token_ids = self.tokenizer.encode_for_generation(text, [tokens for _, _, tokens in encoded])
+        return EncodedRow(token_ids, [patches for patches, _, _ in encoded], [grid for _, grid, _ in encoded])
+
+    def _question_row(
+        self, question: str, images: Sequence[Image.Image], min_pixels: int | None, max_pixels: int | None
+    ) -> EncodedRow:
+        from .understanding import Turn, encode_chat
+
+        limits = self._pixel_limits(min_pixels, max_pixels)
+        turns = [Turn("user", question, tuple(images))]
+        return encode_chat(self.backbone, self.tokenizer, turns, limits)
+
+    def _pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> PixelLimits:
+        """Given limits, else preprocessor_config.json's, the upper one no more than MAX_PIXELS."""
+        from .understanding import PixelLimits
+
+        path = self.files.folder / "preprocessor_config.json"
+        stored = read_json(path) if path.is_file() else {}
+        if max_pixels is None:
+            max_pixels = min(stored.get("max_pixels") or MAX_PIXELS, MAX_PIXELS)
+        if min_pixels is None:
+            min_pixels = min(stored.get("min_pixels") or MIN_PIXELS, max_pixels)
+        return PixelLimits(min_pixels, max_pixels)
+
+
+class _SeededNoise:
+    """Noise of each picture from its own seeds: features and latents are independent of each other and of the batch."""
+
+    def __init__(self, pipeline: Blip3oPipeline, seeds: Sequence[int], pixel_seeds: Sequence[int]) -> None:
+        self._pipeline = pipeline
+        self._seeds, self._pixel_seeds = seeds, pixel_seeds
+
+    def features(self, rows: slice) -> Tensor:
+        return seeded_noise(self._seeds[rows], self._pipeline.noise_shape)
+
+    def negative(self) -> Tensor | None:
+        return None
+
+    def latents(self, rows: slice, settings: PixelSettings) -> Tensor:
+        return seeded_noise(self._pixel_seeds[rows], _latent_shape(self._pipeline.decoder, settings))
+
+
+class _PublishedNoise:
+    """Noise of each picture from one generator in the published order: features, negative features, latents.
+
+    As published, the negative features are drawn with whatever noise comes next and then kept: the first picture of a
+    pipeline differs from the same picture drawn later.
+    """
+
+    def __init__(self, pipeline: Blip3oPipeline, seeds: Sequence[int]) -> None:
+        self._pipeline = pipeline
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def features(self, rows: slice) -> Tensor:
+        return self._draw(rows, self._pipeline.noise_shape)
+
+    def negative(self) -> Tensor | None:
+        return self._draw(slice(0, 1), self._pipeline.noise_shape)
+
+    def latents(self, rows: slice, settings: PixelSettings) -> Tensor:
+        return self._draw(rows, _latent_shape(self._pipeline.decoder, settings))
+
+    def _draw(self, rows: slice, shape: Sequence[int]) -> Tensor:
+        return torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators[rows]])
+
+
+def load_pipeline(
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    offload: bool = False,
+    image_encoder_path: str | Path | None = None,
+    allow_unknown: bool = False,
+) -> Blip3oPipeline:
+    """Open a checkpoint folder; weights are read when first used.
+
+    Args:
+        folder: a folder in the published layout.
+        dtype: "auto", "bf16", "fp16", "fp32" or a torch dtype. Auto is bf16 on a GPU (fp16 where it cannot) and, on
+            the CPU, fp32 for models below 4 GB and bf16 above.
+        device: "auto" (a GPU when there is one), "cpu", "cuda", "mps" or a torch device.
+        offload: keep networks in host memory and move each to the device only while it works.
+        image_encoder_path: a separate EVA-CLIP file or its folder.
+
+    Raises:
+        MissingFilesError, WrongCheckpointError: see checkpoints/layout.py.
+        BadInputError: an unknown dtype, or a device that this machine does not have.
+    """
+    files = open_checkpoint(folder)
+    place = pick_device(device)
+    return Blip3oPipeline(
+        files,
+        dtype=pick_dtype(dtype, place, sum(files.component_bytes.values())),
+        device=place,
+        offload=offload,
+        image_encoder_path=None if image_encoder_path is None else Path(image_encoder_path).expanduser(),
+        allow_unknown=allow_unknown,
+    )
+
+
+DTYPE_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device of a name; "auto" = CUDA, else MPS, else CPU.
+
+    Raises:
+        BadInputError: not a device name, or this machine has no such device.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise BadInputError(f'"{device}" is no device.\nUse auto, cpu, cuda or mps.') from error
+    if (place.type == "cuda" and not torch.cuda.is_available()) or (
+        place.type == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise BadInputError(
+            f'This PyTorch finds no "{place.type}" device.\nUse device auto or cpu, or install a PyTorch for it.'
+        )
+    return place
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint_bytes: int) -> torch.dtype:
+    """The dtype of a name, see load_pipeline."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32 if checkpoint_bytes <= FLOAT32_ON_CPU_BYTES else torch.bfloat16
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            return torch.float16
+        return torch.bfloat16
+    if dtype not in DTYPE_NAMES:
+        raise BadInputError(f'"{dtype}" is no dtype; choose one of auto, {", ".join(DTYPE_NAMES)}.')
+    return DTYPE_NAMES[dtype]
+
+
+def _latent_shape(decoder: Decoder, settings: PixelSettings) -> tuple[int, int, int]:
+    height, width = picture_size(decoder, settings)
+    return decoder.latent_channels, height // decoder.vae_scale, width // decoder.vae_scale
+
+
+def _batches(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    """Rows of a batch; one row stands for all."""
+    return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]

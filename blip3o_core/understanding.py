@@ -1,0 +1,342 @@
+"""Answers: questions, captions, chats and choices about pictures, with the backbone alone.
+
+Letters: B rows, L tokens of the longest row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .errors import BadInputError
+from .images import question_size, to_patches
+from .models.backbone import Backbone
+from .prompts import END_OF_TURN, SYSTEM_PROMPT, Message, TextTokenizer, chat_text
+from .sampling import check_range
+
+# on_text(row, answer so far); return True to end that answer, raise to stop everything.
+TextCallback = Callable[[int, str], "bool | None"]
+
+CAPTION_STYLES = {
+    "short": "Describe this image in one short sentence.",
+    "detailed": "Describe this image in detail: subjects, their attributes and positions, background, light, colours and style.",
+    "tags": "List the contents and the style of this image as short comma-separated tags.",
+    "training": (
+        "Describe this image in one or two plain sentences, as a caption for training a picture generator: "
+        "subject, action, surroundings, viewpoint and medium. Do not guess at names or feelings."
+    ),
+}
+MATCH_QUESTION = "Does this picture show {statement}? Answer yes or no."
+YES_WORDS = ("Yes", "yes")
+NO_WORDS = ("No", "no")
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are written.
+
+    Attributes:
+        max_new_tokens: longest answer, tokens.
+        temperature: 0 = always the likeliest token; 0.7 is lively.
+        top_p: keep the likeliest tokens that together have this probability; 1 = all.
+        top_k: keep so many of the likeliest tokens; 0 = all.
+        repetition_penalty: above 1 avoids tokens of question and answer so far; 1 = off.
+        seed: of the first row; row i uses seed + i.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("max_new_tokens", self.max_new_tokens, 1, 32768)
+        check_range("temperature", self.temperature, 0, 10)
+        check_range("top_p", self.top_p, 0.01, 1)
+        check_range("top_k", self.top_k, 0, 200_000)
+        check_range("repetition_penalty", self.repetition_penalty, 0.1, 10)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a chat: who speaks ("user" or "assistant"), what, and the pictures shown with it."""
+
+    role: str
+    text: str
+    images: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class PixelLimits:
+    """Smallest and largest area, in pixels, at which a picture is looked at."""
+
+    min_pixels: int
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise BadInputError(
+                f"min_pixels is {self.min_pixels} and max_pixels {self.max_pixels}; use 0 < min_pixels <= max_pixels."
+            )
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One row of input: token ids, and patches and grid of each image in them."""
+
+    token_ids: list[int]
+    patches: list[Tensor] = field(default_factory=list)
+    grids: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+def encode_chat(
+    backbone: Backbone,
+    tokenizer: TextTokenizer,
+    turns: Sequence[Turn],
+    limits: PixelLimits,
+    system_prompt: str = SYSTEM_PROMPT,
+) -> EncodedRow:
+    """Tokens and patches of a chat up to the assistant's next answer.
+
+    Raises:
+        BadInputError: no user turn at the end.
+    """
+    if not turns or turns[-1].role != "user":
+        raise BadInputError("There is nothing to answer: the chat must end with a question from the user.")
+    text = chat_text([Message(turn.role, turn.text, len(turn.images)) for turn in turns], system_prompt)
+    encoded = [encode_picture(backbone, image, limits) for turn in turns for image in turn.images]
+    token_ids = tokenizer.encode(text, [tokens for _, _, tokens in encoded])
+    return EncodedRow(token_ids, [patches for patches, _, _ in encoded], [grid for _, grid, _ in encoded])
+
+
+def encode_picture(
+    backbone: Backbone, picture: Image.Image, limits: PixelLimits
+) -> tuple[Tensor, tuple[int, int, int], int]:
+    """Patches, grid and number of image tokens of one picture."""
+    visual, merge = backbone.visual, backbone.merge_size
+    patch = visual.patch_size
+    rows, columns = question_size(
+        picture.height,
+        picture.width,
+        factor=patch * merge,
+        min_pixels=limits.min_pixels,
+        max_pixels=limits.max_pixels,
+    )
+    if picture.size != (columns, rows):
+        picture = picture.resize((columns, rows), Image.Resampling.BICUBIC)
+    temporal = visual.patch_embed.temporal_patch_size
+    patches, grid = to_patches(picture, patch_size=patch, merge_size=merge, temporal_patch_size=temporal)
+    return patches, grid, patches.shape[0] // merge**2
+
+
+def embed_rows(
+    backbone: Backbone, tokenizer: TextTokenizer, rows: Sequence[EncodedRow]
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings (B, L, C) of rows padded on the left, and the mask (B, L), None when nothing is padded.
+
+    The vision tower runs once for all images of all rows.
+    """
+    device = backbone.latent_queries.device
+    longest = max(len(row.token_ids) for row in rows)
+    padded = [[tokenizer.pad] * (longest - len(row.token_ids)) + row.token_ids for row in rows]
+    token_ids = torch.tensor(padded, device=device)
+    embeddings = backbone.embed(token_ids)
+    patches = [item for row in rows for item in row.patches]
+    if patches:
+        grids = torch.tensor([grid for row in rows for grid in row.grids], device=device)
+        features = backbone.encode_images(torch.cat(patches).to(device), grids)
+        is_image = (token_ids == tokenizer.image_pad).unsqueeze(-1).expand_as(embeddings)
+        embeddings = embeddings.masked_scatter(is_image, features.to(embeddings))
+    if all(len(row.token_ids) == longest for row in rows):
+        return embeddings, None
+    mask = torch.tensor([[0] * (longest - len(row.token_ids)) + [1] * len(row.token_ids) for row in rows])
+    return embeddings, mask.to(device)
+
+
+def rope_positions(row: EncodedRow, image_pad: int, merge_size: int) -> Tensor:
+    """Time, row and column positions (3, L) of a row: text counts on; an image spans a grid at one time.
+
+    Source: Qwen2-VL's multimodal rotary positions.
+    """
+    blocks: list[Tensor] = []
+    grids = iter(row.grids)
+    start, place = 0, 0
+    while place < len(row.token_ids):
+        end = place
+        if row.token_ids[place] == image_pad:
+            _, patch_rows, patch_columns = next(grids)
+            size = (patch_rows // merge_size, patch_columns // merge_size)
+            height, width = (torch.arange(side) for side in size)
+            block = torch.stack(
+                [torch.zeros(size[0] * size[1], dtype=torch.long)]
+                + [axis.reshape(-1) for axis in torch.meshgrid(height, width, indexing="ij")]
+            )
+            end += block.shape[1]
+            blocks.append(start + block)
+            start += max(size)
+        else:
+            while end < len(row.token_ids) and row.token_ids[end] != image_pad:
+                end += 1
+            blocks.append((start + torch.arange(end - place)).expand(3, -1))
+            start += end - place
+        place = end
+    return torch.cat(blocks, dim=1)
+
+
+@torch.no_grad()
+def write_answers(
+    backbone: Backbone,
+    tokenizer: TextTokenizer,
+    rows: Sequence[EncodedRow],
+    settings: AnswerSettings | None = None,
+    on_text: TextCallback | None = None,
+) -> list[str]:
+    """Continue each row until it ends its turn; row i equals the same row answered alone.
+
+    Args:
+        on_text: called as on_text(row, answer so far) after each token; return True to end that answer, raise to stop.
+    """
+    return [
+        tokenizer.decode(token_ids).strip()
+        for token_ids in continue_rows(backbone, tokenizer, rows, settings, on_text)
+    ]
+
+
+@torch.no_grad()
+def continue_rows(
+    backbone: Backbone,
+    tokenizer: TextTokenizer,
+    rows: Sequence[EncodedRow],
+    settings: AnswerSettings | None = None,
+    on_text: TextCallback | None = None,
+) -> list[list[int]]:
+    """Token ids of each row's answer, without the token that ended it."""
+    settings = settings or AnswerSettings()
+    choose_token = _token_chooser(settings, [row.token_ids for row in rows])
+    embeddings, mask = embed_rows(backbone, tokenizer, rows)
+    positions, following = _padded_positions(backbone, tokenizer, rows, embeddings)
+    cache = DynamicCache()
+    answers: list[list[int]] = [[] for _ in rows]
+    is_open = [True] * len(rows)
+    for step in range(settings.max_new_tokens):
+        hidden_states = backbone(embeddings, positions, mask, cache)[:, -1]
+        token_ids = choose_token(backbone.lm_head(hidden_states).float(), answers)
+        for row, token in enumerate(token_ids.tolist()):
+            if not is_open[row]:
+                continue
+            if token in tokenizer.stop_tokens:
+                is_open[row] = False
+                continue
+            answers[row].append(token)
+            if on_text is not None and on_text(row, tokenizer.decode(answers[row])):
+                is_open[row] = False
+        if not any(is_open):
+            break
+        embeddings = backbone.embed(token_ids.to(embeddings.device)[:, None])
+        positions = (following + step).expand(3, -1, -1)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+    return answers
+
+
+@torch.no_grad()
+def choice_log_probabilities(
+    backbone: Backbone,
+    tokenizer: TextTokenizer,
+    row: EncodedRow,
+    choices: Sequence[str],
+    *,
+    is_whole_answer: bool = True,
+) -> Tensor:
+    """Log-probability of each choice as the answer to a row, (len(choices),), float32.
+
+    Args:
+        is_whole_answer: count the end of the turn too, so that "red" does not win over "red circle" by being shorter.
+    """
+    end = [tokenizer.token_id(END_OF_TURN)] if is_whole_answer else []
+    continuations = [tokenizer.encode(choice) + end for choice in choices]
+    for choice, tokens in zip(choices, continuations, strict=True):
+        if len(tokens) == len(end):
+            raise BadInputError(f'The choice "{choice}" is empty.\nWrite at least one word for each choice.')
+    rows = [EncodedRow(row.token_ids + tokens, row.patches, row.grids) for tokens in continuations]
+    embeddings, mask = embed_rows(backbone, tokenizer, rows)
+    positions, _ = _padded_positions(backbone, tokenizer, rows, embeddings)
+    hidden_states = backbone(embeddings, positions, mask)
+    scores = []
+    for index, tokens in enumerate(continuations):
+        # The state before each token predicts it; rows end at the right edge.
+        states = hidden_states[index, -len(tokens) - 1 : -1]
+        log_probabilities = backbone.lm_head(states).float().log_softmax(dim=-1)
+        targets = torch.tensor(tokens, device=log_probabilities.device)
+        scores.append(log_probabilities.gather(1, targets[:, None]).sum())
+    return torch.stack(scores).cpu()
+
+
+def yes_probability(backbone: Backbone, tokenizer: TextTokenizer, row: EncodedRow) -> float:
+    """Probability, 0 to 1, that the answer to a row begins with yes rather than no."""
+    scores = choice_log_probabilities(
+        backbone, tokenizer, row, [*YES_WORDS, *NO_WORDS], is_whole_answer=False
+    )
+    yes = scores[: len(YES_WORDS)].logsumexp(0)
+    no = scores[len(YES_WORDS) :].logsumexp(0)
+    return torch.sigmoid(yes - no).item()
+
+
+def _padded_positions(
+    backbone: Backbone, tokenizer: TextTokenizer, rows: Sequence[EncodedRow], embeddings: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Positions (3, B, L) of left-padded rows, and the position (B, 1) of the token after each row."""
+    each = [rope_positions(row, tokenizer.image_pad, backbone.merge_size) for row in rows]
+    longest = embeddings.shape[1]
+    padded = [torch.nn.functional.pad(position, (longest - position.shape[1], 0)) for position in each]
+    following = torch.tensor([[int(position.max()) + 1] for position in each])
+    return torch.stack(padded, dim=1).to(embeddings.device), following.to(embeddings.device)
+
+
+def _token_chooser(
+    settings: AnswerSettings, prompts: list[list[int]]
+) -> Callable[[Tensor, list[list[int]]], Tensor]:
+    """A function (logits (B, V), answers so far) -> next tokens (B,), with one generator per row."""
+    warpers = LogitsProcessorList()
+    if settings.temperature > 0:
+        warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_k:
+            warpers.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            warpers.append(TopPLogitsWarper(settings.top_p))
+    penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+    generators = [torch.Generator().manual_seed(settings.seed + row) for row in range(len(prompts))]
+
+    def choose(logits: Tensor, answers: list[list[int]]) -> Tensor:
+        if settings.repetition_penalty != 1:
+            # Row by row, so that one row's padding cannot be penalised in place of another's words.
+            seen = [
+                torch.tensor([prompt + answer], device=logits.device)
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+            logits = torch.cat([penalty(ids, row[None]) for ids, row in zip(seen, logits, strict=True)])
+        if settings.temperature == 0:
+            return logits.argmax(dim=-1)
+        probabilities = warpers(None, logits).softmax(dim=-1).cpu()
+        return torch.cat(
+            [
+                torch.multinomial(row, 1, generator=generator)
+                for row, generator in zip(probabilities, generators, strict=True)
+            ]
+        )
+
+    return choose
