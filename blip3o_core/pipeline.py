@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,27 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoints.keys import COMPONENTS
-from .checkpoints.layout import CheckpointFiles, open_checkpoint, read_json
+from .checkpoints.layout import CheckpointFiles, open_checkpoint
 from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder
 from .decoding import PixelCallback, PixelSettings, decode_features, picture_size
 from .errors import BadInputError
 from .images import (
-    MAX_PIXELS,
-    MIN_PIXELS,
     fit_size,
     from_pil,
     preprocess_for_image_encoder,
-    preprocess_for_prompt,
     to_pil,
     to_pixels,
 )
-from .prompts import (
-    SYSTEM_PROMPT,
-    TRAINED_PROMPT_TOKENS,
-    TextTokenizer,
-    generation_text,
-    image_prompt_text,
-)
+from .prompts import SYSTEM_PROMPT, TextTokenizer
 from .sampling import FeatureSettings, StepCallback, check_range, sample_features, seeded_noise
 
 if TYPE_CHECKING:  # transformers and diffusers are imported only when their component is loaded
@@ -43,9 +33,8 @@ if TYPE_CHECKING:  # transformers and diffusers are imported only when their com
     from .models.decoder import Decoder
     from .models.eva_clip import EvaClip
     from .models.nextdit import NextDiT
-    from .understanding import AnswerSettings, EncodedRow, PixelLimits, TextCallback, Turn
-
-logger = logging.getLogger(__name__)
+    from .rows import EncodedRow
+    from .understanding import AnswerSettings, TextCallback, Turn
 
 # Published code steers the decoder away from features drawn for a bare space, without the chat template.
 PUBLISHED_NEGATIVE_PROMPT = " "
@@ -168,7 +157,6 @@ class Blip3oPipeline:
 
     # Drawing
 
-    @torch.no_grad()
     def encode_prompts(
         self,
         prompts: str | Sequence[str],
@@ -176,31 +164,14 @@ class Blip3oPipeline:
         *,
         use_template: bool = True,
     ) -> Tensor:
-        """Conditioning (B, Q, C) of prompts; each row equals the same prompt encoded alone.
+        """Conditioning (B, Q, C) of prompts; see conditioning.encode_prompts."""
+        from .conditioning import encode_prompts
 
-        Args:
-            images: pictures that come before each prompt's text, seen at 448 x 448 pixels as published.
-            use_template: the published chat template; False encodes the bare text.
-
-        Raises:
-            BadInputError: an empty prompt, or not one list of images for each prompt.
-        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        images = [()] * len(prompts) if images is None else images
-        if len(images) != len(prompts):
-            raise BadInputError(
-                f"There are {len(prompts)} prompts but {len(images)} lists of images.\nGive one list for each prompt."
-            )
-        if not prompts or (
-            use_template and any(not p.strip() and not i for p, i in zip(prompts, images, strict=True))
-        ):
-            raise BadInputError("The prompt is empty.\nWrite what the picture should show.")
         with self._on_device("backbone") as backbone:
-            from .understanding import embed_rows
-
-            rows = [self._prompt_row(*pair, use_template) for pair in zip(prompts, images, strict=True)]
-            embeddings, mask = embed_rows(backbone, self.tokenizer, rows)
-            return backbone.encode_conditioning(embeddings, mask)
+            return encode_prompts(
+                backbone, self.tokenizer, prompts, images, device=self.device, use_template=use_template
+            )
 
     def sample_features(
         self,
@@ -547,14 +518,17 @@ class Blip3oPipeline:
         on_text: TextCallback | None = None,
     ) -> list[str]:
         """The assistant's next answer in each chat; every chat ends with a user's turn."""
+        from .rows import pixel_limits
         from .understanding import encode_chat, write_answers
 
         if not chats:
             raise BadInputError("There is no question to answer.\nGive at least one question or picture.")
-        limits = self._pixel_limits(min_pixels, max_pixels)
+        limits = pixel_limits(self.files.folder, min_pixels, max_pixels)
         with self._on_device("backbone") as backbone:
             rows = [encode_chat(backbone, self.tokenizer, turns, limits, system_prompt) for turns in chats]
-            return write_answers(backbone, self.tokenizer, rows, settings, on_text)
+            return write_answers(
+                backbone, self.tokenizer, rows, device=self.device, settings=settings, on_text=on_text
+            )
 
     def choose(
         self,
@@ -572,7 +546,7 @@ class Blip3oPipeline:
             raise BadInputError(f"There are {len(choices)} choices; give at least two.")
         row = self._question_row(question, images, min_pixels, max_pixels)
         with self._on_device("backbone") as backbone:
-            scores = choice_log_probabilities(backbone, self.tokenizer, row, choices)
+            scores = choice_log_probabilities(backbone, self.tokenizer, row, choices, device=self.device)
         return dict(zip(choices, scores.softmax(0).tolist(), strict=True))
 
     def ask_yes_no(
@@ -588,7 +562,7 @@ class Blip3oPipeline:
 
         row = self._question_row(question, images, min_pixels, max_pixels)
         with self._on_device("backbone") as backbone:
-            return yes_probability(backbone, self.tokenizer, row)
+            return yes_probability(backbone, self.tokenizer, row, self.device)
 
     def score(self, pictures: Sequence[Image.Image], statement: str) -> list[float]:
         """For each picture, the probability, 0 to 1, that it shows the statement."""
@@ -626,48 +600,15 @@ class Blip3oPipeline:
         finally:
             component.to("cpu")
 
-    def _prompt_row(self, prompt: str, pictures: Sequence[Image.Image], use_template: bool) -> EncodedRow:
-        from .understanding import EncodedRow, encode_picture
-
-        if not pictures:
-            token_ids = self.tokenizer.encode_for_generation(
-                generation_text(prompt) if use_template else prompt
-            )
-            if len(token_ids) > TRAINED_PROMPT_TOKENS + 1:
-                logger.warning(
-                    "This prompt has %d tokens; BLIP3-o was trained on at most %d and may ignore the rest. Shorten it.",
-                    len(token_ids) - 1,
-                    TRAINED_PROMPT_TOKENS,
-                )
-            return EncodedRow(token_ids)
-        limits = self._pixel_limits(None, None)
-        encoded = [
-            encode_picture(self.backbone, preprocess_for_prompt(picture), limits) for picture in pictures
-        ]
-        text = image_prompt_text(prompt, len(pictures))
-        token_ids = self.tokenizer.encode_for_generation(text, [tokens for _, _, tokens in encoded])
-        return EncodedRow(token_ids, [patches for patches, _, _ in encoded], [grid for _, grid, _ in encoded])
-
     def _question_row(
         self, question: str, images: Sequence[Image.Image], min_pixels: int | None, max_pixels: int | None
     ) -> EncodedRow:
+        from .rows import pixel_limits
         from .understanding import Turn, encode_chat
 
-        limits = self._pixel_limits(min_pixels, max_pixels)
+        limits = pixel_limits(self.files.folder, min_pixels, max_pixels)
         turns = [Turn("user", question, tuple(images))]
         return encode_chat(self.backbone, self.tokenizer, turns, limits)
-
-    def _pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> PixelLimits:
-        """Given limits, else preprocessor_config.json's, the upper one no more than MAX_PIXELS."""
-        from .understanding import PixelLimits
-
-        path = self.files.folder / "preprocessor_config.json"
-        stored = read_json(path) if path.is_file() else {}
-        if max_pixels is None:
-            max_pixels = min(stored.get("max_pixels") or MAX_PIXELS, MAX_PIXELS)
-        if min_pixels is None:
-            min_pixels = min(stored.get("min_pixels") or MIN_PIXELS, max_pixels)
-        return PixelLimits(min_pixels, max_pixels)
 
 
 class _SeededNoise:

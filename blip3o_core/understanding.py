@@ -6,7 +6,7 @@ Letters: B rows, L tokens of the longest row, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -21,9 +21,9 @@ from transformers.generation.logits_process import (
 )
 
 from .errors import BadInputError
-from .images import question_size, to_patches
 from .models.backbone import Backbone
 from .prompts import END_OF_TURN, SYSTEM_PROMPT, Message, TextTokenizer, chat_text
+from .rows import EncodedRow, PixelLimits, embed_rows, encode_picture, padded_positions
 from .sampling import check_range
 
 # on_text(row, answer so far); return True to end that answer, raise to stop everything.
@@ -80,29 +80,6 @@ class Turn:
     images: tuple[Image.Image, ...] = ()
 
 
-@dataclass(frozen=True)
-class PixelLimits:
-    """Smallest and largest area, in pixels, at which a picture is looked at."""
-
-    min_pixels: int
-    max_pixels: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise BadInputError(
-                f"min_pixels is {self.min_pixels} and max_pixels {self.max_pixels}; use 0 < min_pixels <= max_pixels."
-            )
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """One row of input: token ids, and patches and grid of each image in them."""
-
-    token_ids: list[int]
-    patches: list[Tensor] = field(default_factory=list)
-    grids: list[tuple[int, int, int]] = field(default_factory=list)
-
-
 def encode_chat(
     backbone: Backbone,
     tokenizer: TextTokenizer,
@@ -123,96 +100,27 @@ def encode_chat(
     return EncodedRow(token_ids, [patches for patches, _, _ in encoded], [grid for _, grid, _ in encoded])
 
 
-def encode_picture(
-    backbone: Backbone, picture: Image.Image, limits: PixelLimits
-) -> tuple[Tensor, tuple[int, int, int], int]:
-    """Patches, grid and number of image tokens of one picture."""
-    visual, merge = backbone.visual, backbone.merge_size
-    patch = visual.patch_size
-    rows, columns = question_size(
-        picture.height,
-        picture.width,
-        factor=patch * merge,
-        min_pixels=limits.min_pixels,
-        max_pixels=limits.max_pixels,
-    )
-    if picture.size != (columns, rows):
-        picture = picture.resize((columns, rows), Image.Resampling.BICUBIC)
-    temporal = visual.patch_embed.temporal_patch_size
-    patches, grid = to_patches(picture, patch_size=patch, merge_size=merge, temporal_patch_size=temporal)
-    return patches, grid, patches.shape[0] // merge**2
-
-
-def embed_rows(
-    backbone: Backbone, tokenizer: TextTokenizer, rows: Sequence[EncodedRow]
-) -> tuple[Tensor, Tensor | None]:
-    """Embeddings (B, L, C) of rows padded on the left, and the mask (B, L), None when nothing is padded.
-
-    The vision tower runs once for all images of all rows.
-    """
-    device = backbone.latent_queries.device
-    longest = max(len(row.token_ids) for row in rows)
-    padded = [[tokenizer.pad] * (longest - len(row.token_ids)) + row.token_ids for row in rows]
-    token_ids = torch.tensor(padded, device=device)
-    embeddings = backbone.embed(token_ids)
-    patches = [item for row in rows for item in row.patches]
-    if patches:
-        grids = torch.tensor([grid for row in rows for grid in row.grids], device=device)
-        features = backbone.encode_images(torch.cat(patches).to(device), grids)
-        is_image = (token_ids == tokenizer.image_pad).unsqueeze(-1).expand_as(embeddings)
-        embeddings = embeddings.masked_scatter(is_image, features.to(embeddings))
-    if all(len(row.token_ids) == longest for row in rows):
-        return embeddings, None
-    mask = torch.tensor([[0] * (longest - len(row.token_ids)) + [1] * len(row.token_ids) for row in rows])
-    return embeddings, mask.to(device)
-
-
-def rope_positions(row: EncodedRow, image_pad: int, merge_size: int) -> Tensor:
-    """Time, row and column positions (3, L) of a row: text counts on; an image spans a grid at one time.
-
-    Source: Qwen2-VL's multimodal rotary positions.
-    """
-    blocks: list[Tensor] = []
-    grids = iter(row.grids)
-    start, place = 0, 0
-    while place < len(row.token_ids):
-        end = place
-        if row.token_ids[place] == image_pad:
-            _, patch_rows, patch_columns = next(grids)
-            size = (patch_rows // merge_size, patch_columns // merge_size)
-            height, width = (torch.arange(side) for side in size)
-            block = torch.stack(
-                [torch.zeros(size[0] * size[1], dtype=torch.long)]
-                + [axis.reshape(-1) for axis in torch.meshgrid(height, width, indexing="ij")]
-            )
-            end += block.shape[1]
-            blocks.append(start + block)
-            start += max(size)
-        else:
-            while end < len(row.token_ids) and row.token_ids[end] != image_pad:
-                end += 1
-            blocks.append((start + torch.arange(end - place)).expand(3, -1))
-            start += end - place
-        place = end
-    return torch.cat(blocks, dim=1)
-
-
 @torch.no_grad()
 def write_answers(
     backbone: Backbone,
     tokenizer: TextTokenizer,
     rows: Sequence[EncodedRow],
+    *,
+    device: torch.device,
     settings: AnswerSettings | None = None,
     on_text: TextCallback | None = None,
 ) -> list[str]:
     """Continue each row until it ends its turn; row i equals the same row answered alone.
 
     Args:
+        device: where the backbone computes.
         on_text: called as on_text(row, answer so far) after each token; return True to end that answer, raise to stop.
     """
     return [
         tokenizer.decode(token_ids).strip()
-        for token_ids in continue_rows(backbone, tokenizer, rows, settings, on_text)
+        for token_ids in continue_rows(
+            backbone, tokenizer, rows, device=device, settings=settings, on_text=on_text
+        )
     ]
 
 
@@ -221,14 +129,19 @@ def continue_rows(
     backbone: Backbone,
     tokenizer: TextTokenizer,
     rows: Sequence[EncodedRow],
+    *,
+    device: torch.device,
     settings: AnswerSettings | None = None,
     on_text: TextCallback | None = None,
 ) -> list[list[int]]:
     """Token ids of each row's answer, without the token that ended it."""
     settings = settings or AnswerSettings()
     choose_token = _token_chooser(settings, [row.token_ids for row in rows])
-    embeddings, mask = embed_rows(backbone, tokenizer, rows)
-    positions, following = _padded_positions(backbone, tokenizer, rows, embeddings)
+    embeddings, mask = embed_rows(backbone, tokenizer, rows, device)
+    positions, following = padded_positions(
+        rows, embeddings.shape[1], tokenizer.image_pad, backbone.merge_size
+    )
+    positions, following = positions.to(device), following.to(device)
     cache = DynamicCache()
     answers: list[list[int]] = [[] for _ in rows]
     is_open = [True] * len(rows)
@@ -260,6 +173,7 @@ def choice_log_probabilities(
     row: EncodedRow,
     choices: Sequence[str],
     *,
+    device: torch.device,
     is_whole_answer: bool = True,
 ) -> Tensor:
     """Log-probability of each choice as the answer to a row, (len(choices),), float32.
@@ -273,9 +187,9 @@ def choice_log_probabilities(
         if len(tokens) == len(end):
             raise BadInputError(f'The choice "{choice}" is empty.\nWrite at least one word for each choice.')
     rows = [EncodedRow(row.token_ids + tokens, row.patches, row.grids) for tokens in continuations]
-    embeddings, mask = embed_rows(backbone, tokenizer, rows)
-    positions, _ = _padded_positions(backbone, tokenizer, rows, embeddings)
-    hidden_states = backbone(embeddings, positions, mask)
+    embeddings, mask = embed_rows(backbone, tokenizer, rows, device)
+    positions, _ = padded_positions(rows, embeddings.shape[1], tokenizer.image_pad, backbone.merge_size)
+    hidden_states = backbone(embeddings, positions.to(device), mask)
     scores = []
     for index, tokens in enumerate(continuations):
         # The state before each token predicts it; rows end at the right edge.
@@ -286,25 +200,16 @@ def choice_log_probabilities(
     return torch.stack(scores).cpu()
 
 
-def yes_probability(backbone: Backbone, tokenizer: TextTokenizer, row: EncodedRow) -> float:
+def yes_probability(
+    backbone: Backbone, tokenizer: TextTokenizer, row: EncodedRow, device: torch.device
+) -> float:
     """Probability, 0 to 1, that the answer to a row begins with yes rather than no."""
     scores = choice_log_probabilities(
-        backbone, tokenizer, row, [*YES_WORDS, *NO_WORDS], is_whole_answer=False
+        backbone, tokenizer, row, [*YES_WORDS, *NO_WORDS], device=device, is_whole_answer=False
     )
     yes = scores[: len(YES_WORDS)].logsumexp(0)
     no = scores[len(YES_WORDS) :].logsumexp(0)
     return torch.sigmoid(yes - no).item()
-
-
-def _padded_positions(
-    backbone: Backbone, tokenizer: TextTokenizer, rows: Sequence[EncodedRow], embeddings: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Positions (3, B, L) of left-padded rows, and the position (B, 1) of the token after each row."""
-    each = [rope_positions(row, tokenizer.image_pad, backbone.merge_size) for row in rows]
-    longest = embeddings.shape[1]
-    padded = [torch.nn.functional.pad(position, (longest - position.shape[1], 0)) for position in each]
-    following = torch.tensor([[int(position.max()) + 1] for position in each])
-    return torch.stack(padded, dim=1).to(embeddings.device), following.to(embeddings.device)
 
 
 def _token_chooser(
