@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 CHUNK_BYTES = 2**16
+HASH_CHUNK_BYTES = 4 * 2**20
 TRIES_WITHOUT_PROGRESS = 5
 RETRY_SECONDS = 1.0
 # Every failure of the hub's HTTP library: requests (hub below 1.0) raises OSErrors, httpx and its heirs their HTTPError.
@@ -78,6 +80,35 @@ class RemoteFile:
         for piece in pieces:
             digest.update(piece)
         return digest.hexdigest() == self.checksum
+
+    def is_at(self, path: Path, on_piece: Callable[[int], None] | None = None) -> bool:
+        """Whether a file on the disk has the stated size and checksum.
+
+        Args:
+            on_piece: called with the number of bytes read so far, after each piece.
+        """
+        if not path.is_file() or path.stat().st_size != self.size:
+            return False
+
+        def pieces() -> Iterator[bytes]:
+            done = 0
+            with path.open("rb") as data:
+                while piece := data.read(HASH_CHUNK_BYTES):
+                    yield piece
+                    done += len(piece)
+                    if on_piece:
+                        on_piece(done)
+
+        return self.has_content(pieces())
+
+    def damaged(self) -> MissingFilesError:
+        """What a person is told when the file keeps arriving with other content than the hub states."""
+        return MissingFilesError(
+            f'"{self.source}" of {self.repo} arrived damaged twice: its checksum is not the one the hub states. '
+            "The damaged file was deleted.\n"
+            "Run the download again. If it happens again, something on the way changes the data: try another network or "
+            f"disk, or another mirror (HF_ENDPOINT). (expected {self.checksum})"
+        )
 
 
 @dataclass(frozen=True)
