@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import re
@@ -159,13 +160,13 @@ class Hub:
             info = HfApi(endpoint=self.endpoint).model_info(
                 repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
             )
-        except NETWORK_ERRORS as error:
-            raise self._explain(error, repo, revision) from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
             raise MissingFilesError(
                 f'"{self.endpoint}" does not answer like a model hub.\n'
                 f"Check HF_ENDPOINT, and whether a proxy or a login page of your network is in between. ({error})"
             ) from error
+        except NETWORK_ERRORS as error:
+            raise self._explain(error, repo, revision) from error
         commit = info.sha or revision or constants.DEFAULT_REVISION
         files = {}
         for entry in info.siblings or ():

@@ -410,6 +410,37 @@ def test_no_network_is_a_sentence(hub, folder):
             plan_download(REPO, folder, endpoint=address)
 
 
+@pytest.mark.parametrize("name", [SHARD_1, "tokenizer.json", "model.safetensors.index.json"])
+def test_a_hub_that_is_busy_for_a_moment_is_asked_again(hub, folder, name):
+    hub.statuses[name] = [503, 429]
+    run_download(plan(hub, folder))
+    assert (folder / name).read_bytes() == hub.repos[REPO].files[name]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (500, "with error 500"),
+        (429, "slow down"),
+        (403, "refused access(.|\n)*HF_TOKEN"),
+        (404, "does not have it"),
+    ],
+)
+def test_a_hub_that_refuses_a_file_for_good_is_a_sentence(hub, folder, status, words):
+    hub.statuses[SHARD_1] = [status] * 9
+    with pytest.raises(MissingFilesError, match=words):
+        run_download(plan(hub, folder))
+    assert len(hub.statuses[SHARD_1]) == (4 if status in (429, 500) else 8), (
+        "only passing trouble is tried again"
+    )
+
+
+def test_a_login_page_in_between_is_a_sentence(hub, folder):
+    hub.is_login_page = True
+    with pytest.raises(MissingFilesError, match="does not answer like a model hub"):
+        plan(hub, folder)
+
+
 def test_a_hub_that_goes_away_during_the_download_is_a_sentence(hub, folder):
     planned = plan(hub, folder)
     hub.repos.clear()

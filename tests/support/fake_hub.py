@@ -43,17 +43,21 @@ class FakeHub:
 
     Attributes:
         cuts: file -> positions (counted in the answer's body) at which the next answers break off, first come first.
+        statuses: file -> HTTP statuses of the next answers, first come first.
         corrupt: file -> how many more times it is sent with a wrong byte.
         has_ranges: False = answers a range request with the whole file.
         lists_metadata: False = file names only, as some mirrors do.
+        is_login_page: True = answers everything with a web page, as the network of a hotel does.
         xet: True = large files carry the header of Xet storage.
     """
 
     repos: dict[str, FakeRepo] = field(default_factory=dict)
     cuts: dict[str, list[int]] = field(default_factory=dict)
+    statuses: dict[str, list[int]] = field(default_factory=dict)
     corrupt: dict[str, int] = field(default_factory=dict)
     has_ranges: bool = True
     lists_metadata: bool = True
+    is_login_page: bool = False
     xet: bool = False
     requests: list[Request] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
@@ -173,6 +177,7 @@ class _Server(ThreadingHTTPServer):
 def _handler(hub: FakeHub, is_cdn: bool) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else every answer waits 40 ms for the client's delayed ACK
 
         def log_message(self, *args: object) -> None:
             """Keep the tests' output clean."""
@@ -187,7 +192,9 @@ def _handler(hub: FakeHub, is_cdn: bool) -> type[BaseHTTPRequestHandler]:
             path = unquote(urlsplit(self.path).path).strip("/")
             hub.calls.append(f"{self.command} {path}")
             parts = path.split("/")
-            if is_cdn:
+            if hub.is_login_page:
+                self.send_body(b"<html>Please log in.</html>", "text/html")
+            elif is_cdn:
                 repo = hub.repos["/".join(parts[:2])]
                 self.send_content("/".join(parts[2:]), repo, with_body)
             elif parts[:2] == ["api", "models"]:
@@ -220,8 +227,11 @@ def _handler(hub: FakeHub, is_cdn: bool) -> type[BaseHTTPRequestHandler]:
                     "siblings": siblings,
                 }
             ).encode()
+            self.send_body(body, "application/json")
+
+        def send_body(self, body: bytes, kind: str) -> None:
             self.send_response(200)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -252,6 +262,9 @@ def _handler(hub: FakeHub, is_cdn: bool) -> type[BaseHTTPRequestHandler]:
                 self.send_content(path, repo, with_body)
 
         def send_content(self, path: str, repo: FakeRepo, with_body: bool) -> None:
+            if hub.statuses.get(path) and with_body:
+                self.refuse(hub.statuses[path].pop(0), None)
+                return
             data = repo.files[path]
             request = self.request_for(path)
             start = 0
