@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import BadInputError
-from .models.decoder import PIXEL_SAMPLERS, Decoder
 from .sampling import check_choice, check_range
 
-PUBLISHED_SIDE = 1024
+if TYPE_CHECKING:  # diffusers is imported only when the decoder is loaded
+    from .models.decoder import Decoder
+
+PIXEL_SAMPLERS = ("euler", "dpmpp_2m")
 PixelCallback = Callable[[int, int, Tensor], None]
 
 

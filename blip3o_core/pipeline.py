@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,18 @@ from .checkpoints.keys import COMPONENTS
 from .checkpoints.layout import CheckpointFiles, open_checkpoint
 from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder
 from .decoding import PixelCallback, PixelSettings, decode_features, picture_size
+from .devices import pick_device, pick_dtype
 from .errors import BadInputError
 from .images import (
     fit_size,
     from_pil,
     preprocess_for_image_encoder,
-    to_pil,
     to_pixels,
 )
+from .noise import PublishedNoise, SeededNoise, seeded_noise
+from .presets import PRESETS, Generation
 from .prompts import SYSTEM_PROMPT, TextTokenizer
-from .sampling import FeatureSettings, StepCallback, check_range, sample_features, seeded_noise
+from .sampling import FeatureSettings, StepCallback, check_range, sample_features
 
 if TYPE_CHECKING:  # transformers and diffusers are imported only when their component is loaded
     from .models.backbone import Backbone
@@ -39,55 +40,7 @@ if TYPE_CHECKING:  # transformers and diffusers are imported only when their com
 # Published code steers the decoder away from features drawn for a bare space, without the chat template.
 PUBLISHED_NEGATIVE_PROMPT = " "
 CACHED_NEGATIVES = 8
-# "auto" on the CPU computes in float32 up to this size on disk, beyond it in the file's bfloat16.
-FLOAT32_ON_CPU_BYTES = 4 * 2**30
 MAX_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A named way to draw.
-
-    Attributes:
-        features, pixels: settings of the two stages.
-        is_published: draw all noise of a picture from one generator in the published order: features, then (once per
-            pipeline) the decoder's negative features, then latents.
-    """
-
-    features: FeatureSettings
-    pixels: PixelSettings
-    is_published: bool = False
-
-
-PRESETS = {
-    "standard": Preset(FeatureSettings(), PixelSettings()),
-    "published": Preset(FeatureSettings(), PixelSettings(), is_published=True),
-    "fast": Preset(FeatureSettings(steps=20, sampler="ab2"), PixelSettings(steps=20, sampler="dpmpp_2m")),
-}
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Pictures and how they came about.
-
-    Attributes:
-        images: (B, H, W, 3), float32 in [0, 1].
-        image_features: (B, N, channels), float32.
-        prompts: prompt of each picture.
-        seeds, pixel_seeds: seed of each picture's features and latents.
-        settings: everything needed to draw them again, as JSON-ready values.
-    """
-
-    images: Tensor
-    image_features: Tensor
-    prompts: list[str]
-    seeds: list[int]
-    pixel_seeds: list[int]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def pictures(self) -> list[Image.Image]:
-        return to_pil(self.images)
 
 
 class Blip3oPipeline:
@@ -211,30 +164,38 @@ class Blip3oPipeline:
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(channels, H, W) of the feature grid: as many cells as latent queries."""
-        queries = self.files.config.get("n_query") or self.backbone.latent_queries.shape[1]
+        queries = self.files.component_tensors("backbone")["latent_queries"].shape[1]
         side = round(queries**0.5)
         return self.dit.config.in_channels, side, side
+
+    def latent_shape(self, settings: PixelSettings) -> tuple[int, int, int]:
+        """(channels, H, W) of the decoder's latents for a picture size."""
+        decoder = self.decoder
+        height, width = picture_size(decoder, settings)
+        return decoder.latent_channels, height // decoder.vae_scale, width // decoder.vae_scale
 
     def negative_features(
         self,
         prompt: str = PUBLISHED_NEGATIVE_PROMPT,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         settings: FeatureSettings | None = None,
-        noise: Tensor | None = None,
+        draw_noise: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Features (1, N, channels) that the decoder steers away from, sampled once for each prompt, seed and settings.
 
         A prompt of nothing but spaces is encoded without the chat template, as published.
 
         Args:
-            noise: instead of the seed's; the result is then kept for the seed all the same.
+            seed: None = the noise of `draw_noise`, which is called only when the features are sampled: the published
+                preset takes whatever noise comes next, once.
         """
         settings = settings or FeatureSettings()
         key = (prompt, seed, settings)
         if key not in self._negatives:
             conditioning = self.encode_prompts(prompt, use_template=bool(prompt.strip()))
-            self._negatives[key] = self.sample_features(conditioning, [seed], settings=settings, noise=noise)
+            noise = seeded_noise([seed], self.noise_shape) if draw_noise is None else draw_noise()
+            self._negatives[key] = self.sample_features(conditioning, settings=settings, noise=noise)
             while len(self._negatives) > CACHED_NEGATIVES:
                 self._negatives.popitem(last=False)
         self._negatives.move_to_end(key)
@@ -262,10 +223,8 @@ class Blip3oPipeline:
         """
         settings = settings or PixelSettings()
         with self._on_device("decoder") as decoder:
-            height, width = picture_size(decoder, settings)
             if noise is None:
-                shape = (decoder.latent_channels, height // decoder.vae_scale, width // decoder.vae_scale)
-                noise = seeded_noise(seeds, shape)
+                noise = seeded_noise(seeds, self.latent_shape(settings))
             start_latents = None
             if start_images is not None:
                 with torch.no_grad():
@@ -331,17 +290,14 @@ class Blip3oPipeline:
         pixel_seeds = [(seed if pixel_seed is None else pixel_seed) + i for i in range(total)]
         conditioning = self.encode_prompts(prompts, images).repeat_interleave(images_per_prompt, dim=0)
         negative_conditioning = None if negative_prompt is None else self.encode_prompts(negative_prompt)
-        noise = (
-            _PublishedNoise(self, seeds)
-            if PRESETS[preset].is_published
-            else _SeededNoise(self, seeds, pixel_seeds)
-        )
+        is_published = PRESETS[preset].is_published
+        noise = PublishedNoise(seeds) if is_published else SeededNoise(seeds, pixel_seeds)
         sampled = torch.cat(
             [
                 self.sample_features(
                     conditioning[rows],
                     settings=features,
-                    noise=noise.features(rows),
+                    noise=noise.features(rows, self.noise_shape),
                     negative_conditioning=negative_conditioning,
                     start_features=_rows(start_features, rows),
                     strength=strength if start_features is not None else 1.0,
@@ -353,7 +309,10 @@ class Blip3oPipeline:
         away = None
         if pixel_negative is not None and pixels.guidance_scale != 1:
             away = self.negative_features(
-                pixel_negative, seed=pixel_negative_seed, settings=features, noise=noise.negative()
+                pixel_negative,
+                seed=None if is_published else pixel_negative_seed,
+                settings=features,
+                draw_noise=(lambda: noise.negative(self.noise_shape)) if is_published else None,
             )
         start = None
         if start_images is not None:
@@ -364,7 +323,7 @@ class Blip3oPipeline:
                 self.decode(
                     sampled[rows],
                     settings=pixels,
-                    noise=noise.latents(rows, pixels),
+                    noise=noise.latents(rows, self.latent_shape(pixels)),
                     negative_features=away,
                     start_images=_rows(start, rows),
                     strength=strength if start_features is None else 1.0,
@@ -611,47 +570,6 @@ class Blip3oPipeline:
         return encode_chat(self.backbone, self.tokenizer, turns, limits)
 
 
-class _SeededNoise:
-    """Noise of each picture from its own seeds: features and latents are independent of each other and of the batch."""
-
-    def __init__(self, pipeline: Blip3oPipeline, seeds: Sequence[int], pixel_seeds: Sequence[int]) -> None:
-        self._pipeline = pipeline
-        self._seeds, self._pixel_seeds = seeds, pixel_seeds
-
-    def features(self, rows: slice) -> Tensor:
-        return seeded_noise(self._seeds[rows], self._pipeline.noise_shape)
-
-    def negative(self) -> Tensor | None:
-        return None
-
-    def latents(self, rows: slice, settings: PixelSettings) -> Tensor:
-        return seeded_noise(self._pixel_seeds[rows], _latent_shape(self._pipeline.decoder, settings))
-
-
-class _PublishedNoise:
-    """Noise of each picture from one generator in the published order: features, negative features, latents.
-
-    As published, the negative features are drawn with whatever noise comes next and then kept: the first picture of a
-    pipeline differs from the same picture drawn later.
-    """
-
-    def __init__(self, pipeline: Blip3oPipeline, seeds: Sequence[int]) -> None:
-        self._pipeline = pipeline
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def features(self, rows: slice) -> Tensor:
-        return self._draw(rows, self._pipeline.noise_shape)
-
-    def negative(self) -> Tensor | None:
-        return self._draw(slice(0, 1), self._pipeline.noise_shape)
-
-    def latents(self, rows: slice, settings: PixelSettings) -> Tensor:
-        return self._draw(rows, _latent_shape(self._pipeline.decoder, settings))
-
-    def _draw(self, rows: slice, shape: Sequence[int]) -> Tensor:
-        return torch.stack([torch.randn(*shape, generator=generator) for generator in self._generators[rows]])
-
-
 def load_pipeline(
     folder: str | Path,
     *,
@@ -685,52 +603,6 @@ def load_pipeline(
         image_encoder_path=None if image_encoder_path is None else Path(image_encoder_path).expanduser(),
         allow_unknown=allow_unknown,
     )
-
-
-DTYPE_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """The device of a name; "auto" = CUDA, else MPS, else CPU.
-
-    Raises:
-        BadInputError: not a device name, or this machine has no such device.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise BadInputError(f'"{device}" is no device.\nUse auto, cpu, cuda or mps.') from error
-    if (place.type == "cuda" and not torch.cuda.is_available()) or (
-        place.type == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise BadInputError(
-            f'This PyTorch finds no "{place.type}" device.\nUse device auto or cpu, or install a PyTorch for it.'
-        )
-    return place
-
-
-def pick_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint_bytes: int) -> torch.dtype:
-    """The dtype of a name, see load_pipeline."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        if device.type == "cpu":
-            return torch.float32 if checkpoint_bytes <= FLOAT32_ON_CPU_BYTES else torch.bfloat16
-        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            return torch.float16
-        return torch.bfloat16
-    if dtype not in DTYPE_NAMES:
-        raise BadInputError(f'"{dtype}" is no dtype; choose one of auto, {", ".join(DTYPE_NAMES)}.')
-    return DTYPE_NAMES[dtype]
-
-
-def _latent_shape(decoder: Decoder, settings: PixelSettings) -> tuple[int, int, int]:
-    height, width = picture_size(decoder, settings)
-    return decoder.latent_channels, height // decoder.vae_scale, width // decoder.vae_scale
 
 
 def _batches(total: int, size: int) -> list[slice]:

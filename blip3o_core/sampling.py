@@ -143,11 +143,6 @@ def guided_velocity(
     return velocity
 
 
-def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise (len(seeds), *shape), float32 on the CPU; row i depends on seeds[i] alone."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 def to_tokens(grid: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H x W, C), row major."""
     return grid.flatten(2).transpose(1, 2)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 # original size (height, width) and crop (top, left), fixed as published; the target size follows them.
 PUBLISHED_ORIGINAL_SIZE = (1024, 1024)
 PUBLISHED_CROP = (0, 0)
-PIXEL_SAMPLERS = ("euler", "dpmpp_2m")
 
 
 class Decoder(nn.Module):
@@ -39,7 +38,7 @@ class Decoder(nn.Module):
         return self.unet.config.in_channels
 
     def scheduler(self, sampler: str) -> EulerDiscreteScheduler | DPMSolverMultistepScheduler:
-        """A fresh scheduler of a sampler in PIXEL_SAMPLERS on the published noise schedule."""
+        """A fresh scheduler of a sampler, "euler" or "dpmpp_2m", on the published noise schedule."""
         if sampler == "euler":
             return EulerDiscreteScheduler.from_config(self.scheduler_config)
         assert sampler == "dpmpp_2m", sampler

@@ -1,0 +1,86 @@
+"""What a picture file remembers of its making: prompt, seeds, settings and checkpoint, as JSON in a PNG text chunk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .checkpoints.layout import DECODER_FOLDER, CheckpointFiles
+from .errors import BadInputError
+from .presets import Generation
+
+PNG_KEY = "blip3o"
+FORMAT_VERSION = 1
+SAMPLED_BYTES = 65536
+
+
+def checkpoint_fingerprint(files: CheckpointFiles) -> str:
+    """Hash of a checkpoint, 16 hex digits: names, sizes and both ends of its weight files.
+
+    Reads a fraction of a second's worth of bytes, so it tells versions apart but proves no integrity.
+    """
+    paths = {info.path for info in files.tensors.values()}
+    paths |= set((files.folder / DECODER_FOLDER).glob("*/*.safetensors"))
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLED_BYTES))
+            file.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def describe_picture(generation: Generation, index: int, checkpoint: str, fingerprint: str) -> dict[str, Any]:
+    """Everything needed to draw picture `index` again, JSON-ready."""
+    return {
+        "version": FORMAT_VERSION,
+        "prompt": generation.prompts[index],
+        "seed": generation.seeds[index],
+        "pixel_seed": generation.pixel_seeds[index],
+        "checkpoint": checkpoint,
+        "checkpoint_hash": fingerprint,
+        **generation.settings,
+    }
+
+
+def save_png(picture: Image.Image, path: Path, description: dict[str, Any]) -> None:
+    """Write a PNG with its description, under a temporary name first."""
+    info = PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps(description, ensure_ascii=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        picture.save(temporary, format="PNG", pnginfo=info)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """The description in a picture written by save_png.
+
+    Raises:
+        BadInputError: no such picture, or one without a description.
+    """
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(PNG_KEY)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadInputError(f'"{path}" cannot be opened as a picture ({error}).') from error
+    if text is None:
+        raise BadInputError(
+            f'"{path}" does not say how it was made.\n'
+            "Only PNG files saved by this program do, as long as no other program has saved them again."
+        )
+    description = json.loads(text)
+    if description.get("version", 0) > FORMAT_VERSION:
+        raise BadInputError(f'"{path}" was made by a newer version of this program.\nUpdate ComfyUI-BLIP3o.')
+    return description
