@@ -1,0 +1,100 @@
+"""What is in a checkpoint folder, how large it is, and in which memory it fits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .checkpoints.infer import infer_eva_clip, infer_nextdit
+from .checkpoints.keys import COMPONENTS
+from .checkpoints.layout import DECODER_NETWORKS, CheckpointFiles
+from .checkpoints.safetensor_files import read_header
+from .errors import Blip3oError
+from .metadata import checkpoint_fingerprint
+
+GIB = 2**30
+# What drawing needs beside the weights at 1024 x 1024: the VAE's activations and the framework's own share.
+WORKING_BYTES = int(2.5 * GIB)
+MEMORY_SIZES_GIB = (8, 12, 16, 24, 32, 48)
+USES = {
+    "draw": ("backbone", "dit", "decoder"),
+    "answer": ("backbone",),
+    "vary": ("image_encoder", "dit", "decoder"),
+}
+
+
+@dataclass(frozen=True)
+class ComponentInfo:
+    """One network on disk; `problem` says why it cannot be loaded, None = it can."""
+
+    parameters: int
+    bytes: int
+    dtypes: list[str]
+    sizes: dict[str, Any]
+    problem: str | None = None
+
+
+def describe_checkpoint(files: CheckpointFiles) -> dict[str, Any]:
+    """JSON-ready description: components with parameters, bytes, dtypes and sizes, and what fits in which memory."""
+    components = {name: _describe(files, name) for name in COMPONENTS}
+    present = {name: info for name, info in components.items() if info.problem is None}
+    return {
+        "folder": str(files.folder),
+        "name": files.name,
+        "fingerprint": checkpoint_fingerprint(files),
+        "components": {name: asdict(info) for name, info in components.items()},
+        "total_bytes": sum(info.bytes for info in present.values()),
+        "memory": {use: _fits({name: info.bytes for name, info in present.items()}, use) for use in USES},
+    }
+
+
+def _describe(files: CheckpointFiles, name: str) -> ComponentInfo:
+    try:
+        if name == "decoder":
+            tensors = {}
+            for network in DECODER_NETWORKS:
+                header = read_header(files.decoder_file(network))[0]
+                tensors |= {f"{network}.{key}": info for key, info in header.items()}
+            unet = files.decoder_config("unet")
+            sizes = {
+                "features": unet.get("cross_attention_dim"),
+                "widths": unet.get("block_out_channels"),
+                "prediction": files.decoder_config("scheduler").get("prediction_type"),
+            }
+        elif name == "image_encoder" and not files.has_component(name):
+            path = files.image_encoder_file()
+            return ComponentInfo(0, path.stat().st_size, [], {"file": path.name})
+        else:
+            tensors = files.component_tensors(name)
+            sizes = _sizes(files, name, tensors)
+    except Blip3oError as error:
+        return ComponentInfo(0, 0, [], {}, str(error))
+    infos = tensors.values()
+    count = sum(info.nbytes // info.dtype.itemsize for info in infos)
+    dtypes = sorted({str(info.dtype).removeprefix("torch.") for info in infos})
+    return ComponentInfo(count, sum(info.nbytes for info in infos), dtypes, sizes)
+
+
+def _sizes(files: CheckpointFiles, name: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    if name == "dit":
+        return asdict(infer_nextdit(tensors, files.name))
+    if name == "image_encoder":
+        return asdict(infer_eva_clip(tensors, files.config, files.name))
+    layers = {key.split(".")[2] for key in tensors if key.startswith("text.layers.")}
+    queries = tensors["latent_queries"].shape if "latent_queries" in tensors else (1, 0, 0)
+    return {"width": queries[2], "layers": len(layers), "latent_queries": queries[1]}
+
+
+def _fits(sizes: dict[str, int], use: str) -> dict[str, Any]:
+    """Bytes of weights resident together and one at a time (offload), and how each memory size copes."""
+    needed = [sizes[name] for name in USES[use] if name in sizes]
+    if len(needed) < len(USES[use]):
+        return {"available": False}
+    together, largest = sum(needed), max(needed)
+    verdicts = {}
+    for size in MEMORY_SIZES_GIB:
+        room = size * GIB - WORKING_BYTES
+        verdicts[f"{size} GB"] = (
+            "fits" if together <= room else "fits with --offload" if largest <= room else "too small"
+        )
+    return {"available": True, "together_bytes": together, "offload_bytes": largest, "cards": verdicts}
