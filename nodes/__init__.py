@@ -1,0 +1,28 @@
+"""Thin adapters to ComfyUI: the list of nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+
+class Blip3oExtension(ComfyExtension):
+    """What ComfyUI asks this pack for."""
+
+    async def on_load(self) -> None:
+        """Check ComfyUI's version and make models/blip3o known."""
+        from . import host
+
+        host.require_comfyui()
+        host.register_model_folder()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes, in the order in which a graph is built."""
+        from . import download, feature_lab, generate, load, understand
+
+        return [
+            *load.NODES,
+            *download.NODES,
+            *generate.NODES,
+            *understand.NODES,
+            *feature_lab.NODES,
+        ]

@@ -161,16 +161,26 @@ class FeatureDecoder(comfy.model_base.SDXL):
         model_config: DecoderConfig,
         model_type: comfy.model_base.ModelType,
         unet: UNetModel,
+        *,
         time_width: int,
+        native_latents: int,
+        pixels_per_latent: int,
     ) -> None:
         super().__init__(model_config, model_type)
         self.diffusion_model = unet
         self.embedder = Timestep(time_width)
+        self.pixels_per_latent = pixels_per_latent
+        self.native_side = native_latents * pixels_per_latent
         memory.archive_model_dtypes(unet)
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of the image features it paints."""
+        return self.model_config.unet_config["context_dim"]
 
     def encode_adm(self, **conds: Any) -> Tensor:
         """Mean feature and sizes of the picture, (B, features + 6 x time width)."""
-        pooled, width = conds.get("pooled_output"), self.model_config.unet_config["context_dim"]
+        pooled, width = conds.get("pooled_output"), self.feature_channels
         if pooled is None or pooled.shape[-1] != width:
             raise BadInputError(
                 "The decoder draws from image features, but got a conditioning of another kind.\n"
@@ -185,7 +195,8 @@ def load_decoder_patcher(
 ) -> comfy.model_patcher.ModelPatcher:
     """The decoder's UNet of a checkpoint folder as a MODEL. Arguments as load_dit_patcher."""
     files = open_checkpoint(Path(folder))
-    unet_config, scheduler = files.decoder_config("unet"), files.decoder_config("scheduler")
+    unet_config, vae_config = files.decoder_config("unet"), files.decoder_config("vae")
+    scheduler = files.decoder_config("scheduler")
     storage, compute = host.storage_and_compute_dtype(dtype, SUPPORTED_DTYPES)
     settings = unet_settings(unet_config, files.name)
     ops = comfy.ops.manual_cast if storage != compute else comfy.ops.disable_weight_init
@@ -194,14 +205,17 @@ def load_decoder_patcher(
     _fill_unet(unet, settings, files, compute)
     if storage.itemsize == 1:
         layers.store_linear_weights(unet, storage)
-    latents = DecoderLatents(
-        files.decoder_config("vae")["scaling_factor"], preview.read_fitted(files.folder, "latents")
-    )
+    latents = DecoderLatents(vae_config["scaling_factor"], preview.read_fitted(files.folder, "latents"))
     config = DecoderConfig({**settings, "disable_unet_model_creation": True}, latents, scheduler)
     config.set_inference_dtype(storage, compute)
     prediction = PREDICTIONS[scheduler.get("prediction_type", "epsilon")]
     model = FeatureDecoder(
-        config, prediction, unet.eval().requires_grad_(False), unet_config["addition_time_embed_dim"]
+        config,
+        prediction,
+        unet.eval().requires_grad_(False),
+        time_width=unet_config["addition_time_embed_dim"],
+        native_latents=unet_config["sample_size"],
+        pixels_per_latent=2 ** (len(vae_config["block_out_channels"]) - 1),
     )
     return host.make_patcher(model, load_decoder_patcher, (folder, dtype), disable_dynamic=disable_dynamic)
 

@@ -1,0 +1,219 @@
+"""Nodes that load: the checkpoint's parts, the image encoder, LoRA files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as memory
+import comfy.model_patcher
+import torch
+from comfy_api.latest import io
+
+from ..blip3o_core.checkpoints.layout import open_checkpoint
+from ..blip3o_core.checkpoints.load import load_backbone, load_image_encoder
+from ..blip3o_core.errors import Blip3oError
+from . import host, layers, lora
+from .native_decoder import load_decoder_patcher, load_vae
+from .native_dit import load_dit_patcher
+from .sockets import BackboneHandle, BackboneType, ImageEncoderHandle, ImageEncoderType
+
+CATEGORY = "BLIP3-o/load"
+BACKBONE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def backbone_dtypes(choice: str) -> tuple[torch.dtype, torch.dtype]:
+    """Storage and compute dtype of the backbone and the image encoder, which overflow in fp16."""
+    return host.storage_and_compute_dtype(choice, BACKBONE_DTYPES)
+
+
+def load_backbone_patcher(
+    folder: str, dtype: str, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """The backbone of a checkpoint folder in a patcher. Arguments as load_dit_patcher."""
+    storage, compute = backbone_dtypes(dtype)
+    backbone = load_backbone(open_checkpoint(Path(folder)), dtype=compute)
+    layers.prepare(backbone, storage, compute)
+    memory.archive_model_dtypes(backbone)
+    return host.make_patcher(
+        backbone, load_backbone_patcher, (folder, dtype), disable_dynamic=disable_dynamic
+    )
+
+
+def load_image_encoder_patcher(
+    folder: str, dtype: str, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """EVA-CLIP of a checkpoint folder, or from beside it, in a patcher. Arguments as load_dit_patcher."""
+    storage, compute = backbone_dtypes(dtype)
+    encoder = load_image_encoder(open_checkpoint(Path(folder)), dtype=compute)
+    layers.prepare(encoder, storage, compute)
+    memory.archive_model_dtypes(encoder)
+    return host.make_patcher(
+        encoder, load_image_encoder_patcher, (folder, dtype), disable_dynamic=disable_dynamic
+    )
+
+
+def checkpoint_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "checkpoint",
+        options=host.list_checkpoints(),
+        default=host.BUILT_IN,
+        tooltip="Folder in models/blip3o. The built-in tiny model draws and names simple shapes on any computer; "
+        "the 8B and 4B models are downloaded with the node Download BLIP3-o.",
+    )
+
+
+def dtype_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "dtype",
+        options=list(host.DTYPES),
+        default="auto",
+        tooltip="How weights are kept in memory. auto is right nearly always. fp8 halves memory and loses a little detail; "
+        "fp32 is exact and twice as large.",
+    )
+
+
+def validate_checkpoint(name: str) -> bool | str:
+    """True, or the sentence that ComfyUI shows on the node before anything runs."""
+    try:
+        open_checkpoint(host.find_checkpoint(name))
+    except Blip3oError as error:
+        return str(error)
+    return True
+
+
+class LoadBlip3o(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIP3oLoad",
+            display_name="Load BLIP3-o",
+            category=CATEGORY,
+            description="Load the parts of a BLIP3-o checkpoint. Connect backbone to Encode Prompt or Ask, dit to "
+            "Sample Image Features, decoder and vae to Decode Image Features.",
+            search_aliases=["blip3o", "blip 3", "load model", "checkpoint loader", "unified model"],
+            inputs=[checkpoint_input(), dtype_input()],
+            outputs=[
+                BackboneType.Output(
+                    "backbone", tooltip="Qwen2.5-VL with latent queries: reads prompts, answers questions."
+                ),
+                io.Model.Output(
+                    "dit",
+                    tooltip="Draws image features from a prompt. Works with every sampler and LoRA loader.",
+                ),
+                io.Model.Output(
+                    "decoder",
+                    tooltip="SDXL-shaped UNet that paints image features. Works with every sampler.",
+                ),
+                io.Vae.Output("vae", tooltip="Turns the decoder's latents into pixels."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str) -> bool | str:
+        return validate_checkpoint(checkpoint)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, **unused: Any) -> str:
+        return host.checkpoint_fingerprint(checkpoint)
+
+    @classmethod
+    def execute(cls, checkpoint: str, dtype: str) -> io.NodeOutput:
+        folder = host.find_checkpoint(checkpoint)
+        patcher = load_backbone_patcher(str(folder), dtype)
+        return io.NodeOutput(
+            BackboneHandle(patcher, open_checkpoint(folder), backbone_dtypes(dtype)[1]),
+            load_dit_patcher(str(folder), dtype),
+            load_decoder_patcher(str(folder), dtype),
+            load_vae(str(folder)),
+        )
+
+
+class LoadImageEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="BLIP3oLoadImageEncoder",
+            display_name="Load Image Encoder (BLIP3-o)",
+            category=CATEGORY,
+            description="Load EVA-CLIP, which turns pictures into image features. Connect it to Encode Image; "
+            "drawing from a prompt does not need it.",
+            search_aliases=["blip3o", "eva clip", "clip vision", "image features"],
+            inputs=[checkpoint_input(), dtype_input()],
+            outputs=[ImageEncoderType.Output("image_encoder", tooltip="Turns pictures into image features.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str) -> bool | str:
+        return validate_checkpoint(checkpoint)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, **unused: Any) -> str:
+        return host.checkpoint_fingerprint(checkpoint)
+
+    @classmethod
+    def execute(cls, checkpoint: str, dtype: str) -> io.NodeOutput:
+        folder = host.find_checkpoint(checkpoint)
+        patcher = load_image_encoder_patcher(str(folder), dtype)
+        return io.NodeOutput(ImageEncoderHandle(patcher, open_checkpoint(folder), backbone_dtypes(dtype)[1]))
+
+
+class LoadLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
+        return io.Schema(
+            node_id="BLIP3oLoadLora",
+            display_name="Load LoRA (BLIP3-o)",
+            category=CATEGORY,
+            description="Apply a LoRA to the DiT and, if it has such weights, to the backbone. "
+            "Connect several one after another to stack them.",
+            search_aliases=["blip3o", "lora", "adapter", "style", "peft"],
+            inputs=[
+                io.Combo.Input(
+                    "lora",
+                    options=lora.list_loras(),
+                    tooltip="File in models/loras, or a PEFT folder there with adapter_config.json.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    **strength,
+                    tooltip="How strongly the LoRA acts on the DiT. 1 is as trained, 0 is off, 0.5-1.2 is usual.",
+                ),
+                io.Float.Input(
+                    "backbone_strength",
+                    **strength,
+                    tooltip="How strongly it acts on the backbone and the latent queries, if it was trained on them.",
+                ),
+                io.Model.Input("dit", optional=True, tooltip="The output dit of Load BLIP3-o."),
+                BackboneType.Input("backbone", optional=True, tooltip="The output backbone of Load BLIP3-o."),
+            ],
+            outputs=[
+                io.Model.Output("dit", tooltip="The DiT with the LoRA."),
+                BackboneType.Output("backbone", tooltip="The backbone with the LoRA."),
+                io.String.Output(
+                    "report",
+                    tooltip="How many weights of the file were matched, and what it was trained for.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str, **unused: Any) -> str:
+        return lora_fingerprint(lora)
+
+    @classmethod
+    def execute(
+        cls,
+        lora: str,
+        strength: float,
+        backbone_strength: float,
+        dit: comfy.model_patcher.ModelPatcher | None = None,
+        backbone: BackboneHandle | None = None,
+    ) -> io.NodeOutput:
+        dit, backbone, report = apply_lora(lora, dit, backbone, strength, backbone_strength)
+        return io.NodeOutput(dit, backbone, report)
+
+
+apply_lora, lora_fingerprint = lora.apply_lora, lora.fingerprint
+NODES = [LoadBlip3o, LoadImageEncoder, LoadLora]
