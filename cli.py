@@ -420,7 +420,10 @@ def run_download(arguments: argparse.Namespace) -> None:
     from .blip3o_core.download import plan_download, progress_bars
     from .blip3o_core.download import run_download as fetch
 
-    plan = plan_download(arguments.repo, arguments.folder, use=arguments.use, revision=arguments.revision)
+    with progress_bars() as on_check:
+        plan = plan_download(
+            arguments.repo, arguments.folder, use=arguments.use, revision=arguments.revision, on_check=on_check
+        )
     print(plan)
     if not arguments.dry_run:
         with progress_bars(plan) as on_progress:

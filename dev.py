@@ -34,7 +34,9 @@ def main(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command == "picture":
         install("cli")
-        return run([PYTHON, "-m", "comfyui_blip3o.cli", "generate", *(rest or [DEFAULT_PROMPT]), "-o", "picture.png"])
+        return run(
+            [PYTHON, "-m", "comfyui_blip3o.cli", "generate", *(rest or [DEFAULT_PROMPT]), "-o", "picture.png"]
+        )
     install("test")
     if run([PYTHON, "-m", "ruff", "check", "."]) or run([PYTHON, "-m", "ruff", "format", "--check", "."]):
         return 1
@@ -65,7 +67,9 @@ def install_torch() -> None:
         return
     # The plain Linux build brings CUDA along; uv knows where PyTorch keeps its CPU builds.
     must([PYTHON, "-m", "pip", "install", "--quiet", "uv"])
-    must([PYTHON, "-m", "uv", "pip", "install", "--quiet", "--python", PYTHON, "--torch-backend", "cpu", TORCH])
+    must(
+        [PYTHON, "-m", "uv", "pip", "install", "--quiet", "--python", PYTHON, "--torch-backend", "cpu", TORCH]
+    )
 
 
 def has_nvidia_gpu() -> bool:
@@ -75,7 +79,18 @@ def has_nvidia_gpu() -> bool:
 def wants_cuda_packages() -> bool:
     """Whether pip's own plan for PyTorch holds CUDA packages."""
     plan = subprocess.run(
-        [PYTHON, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-", TORCH],
+        [
+            PYTHON,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--dry-run",
+            "--ignore-installed",
+            "--report",
+            "-",
+            TORCH,
+        ],
         capture_output=True,
         text=True,
     )

@@ -17,7 +17,16 @@ ALLOWED = {
     "pretraining": {"blip3o_core"},
     "blip3o_core": set(),
 }
-HOST_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server", "latent_preview"}
+HOST_MODULES = {
+    "comfy",
+    "comfy_api",
+    "comfy_extras",
+    "comfy_execution",
+    "folder_paths",
+    "nodes",
+    "server",
+    "latent_preview",
+}
 
 
 def source_files() -> list[Path]:
@@ -46,7 +55,9 @@ def test_imports_follow_the_arrows(path: Path):
     for level, module in imports(path):
         top = module.split(".")[0]
         if level == 0:
-            assert top not in PACKAGES or (top == "nodes" and package == "nodes"), f"absolute import of our own {module}"
+            assert top not in PACKAGES or (top == "nodes" and package == "nodes"), (
+                f"absolute import of our own {module}"
+            )
             assert top not in HOST_MODULES or package == "nodes", f"only nodes/ sees ComfyUI, not {module}"
             continue
         # `level` dots climb from the module's own folder; what lies above the package is the repository root.
