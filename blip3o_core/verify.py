@@ -20,7 +20,7 @@ from torch import Tensor
 from .checkpoints.layout import open_checkpoint, read_json
 from .checkpoints.load import load_image_encoder
 from .decoding import PixelSettings, decode_features, denoise_latents
-from .errors import MissingFilesError
+from .errors import BadInputError, MissingFilesError
 from .flow import mix, target_velocity, training_sigma
 from .images import load_image, preprocess_for_image_encoder, preprocess_for_prompt
 from .pipeline import Blip3oPipeline, load_pipeline
@@ -52,6 +52,7 @@ def verify_reference(folder: str | Path) -> list[Check]:
 
     Raises:
         MissingFilesError: the folder lacks golden.safetensors, golden.json or the checkpoint.
+        BadInputError: golden.safetensors holds nothing to compare.
     """
     folder = Path(folder).expanduser()
     for name in ("golden.safetensors", "golden.json"):
@@ -103,6 +104,11 @@ class _Verification:
         for key, stage in stages:
             if key in self.golden:
                 stage()
+        if not self.checks:
+            raise BadInputError(
+                f'golden.safetensors in "{self.folder}" holds none of the numbers that can be compared '
+                f"(e.g. {stages[0][0]}, {stages[2][0]}).\nUse a complete reference folder."
+            )
         return self.checks
 
     def compare(self, key: str, ours: Tensor, tolerance: float = SINGLE_CALL_TOLERANCE) -> None:

@@ -1,0 +1,31 @@
+"""Folders and pipelines that many core tests read and none changes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny_models
+from reference_set import build_reference
+
+# One thread: the networks are tiny, and two threads that wait for each other are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published reference folder; read only."""
+    return build_reference(tmp_path_factory.mktemp("published") / "reference")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of the default sizes; read only."""
+    return tiny_models.write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def pipeline(tiny_folder: Path):
+    """A loaded pipeline of the tiny checkpoint in float32 on the CPU; tests leave it as they find it."""
+    from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
+
+    return load_pipeline(tiny_folder, dtype="fp32", device="cpu")
