@@ -392,7 +392,7 @@ def run_caption(arguments: argparse.Namespace) -> None:
 
 def run_info(arguments: argparse.Namespace) -> None:
     from .blip3o_core.checkpoints.layout import open_checkpoint
-    from .blip3o_core.inspect import describe_checkpoint
+    from .blip3o_core.info import describe_checkpoint
 
     description = describe_checkpoint(open_checkpoint(arguments.folder or _built_in_model()))
     if arguments.json:
@@ -422,7 +422,11 @@ def run_download(arguments: argparse.Namespace) -> None:
 
     with progress_bars() as on_check:
         plan = plan_download(
-            arguments.repo, arguments.folder, use=arguments.use, revision=arguments.revision, on_check=on_check
+            arguments.repo,
+            arguments.folder,
+            use=arguments.use,
+            revision=arguments.revision,
+            on_check=on_check,
         )
     print(plan)
     if not arguments.dry_run:

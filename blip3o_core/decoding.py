@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadInputError
-from .sampling import check_choice, check_range
+from .sampling import check_choice, check_interval, check_range
 
 if TYPE_CHECKING:  # diffusers is imported only when the decoder is loaded
     from .models.decoder import Decoder
@@ -45,6 +45,7 @@ class PixelSettings:
         check_range("steps", self.steps, 1, 1000)
         check_range("guidance_scale", self.guidance_scale, 0, 100)
         check_choice("sampler", self.sampler, PIXEL_SAMPLERS)
+        check_interval(self.guidance_interval)
 
 
 def picture_size(decoder: Decoder, settings: PixelSettings) -> tuple[int, int]:

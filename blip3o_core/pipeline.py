@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:  # transformers and diffusers are imported only when their com
 # Published code steers the decoder away from features drawn for a bare space, without the chat template.
 PUBLISHED_NEGATIVE_PROMPT = " "
 CACHED_NEGATIVES = 8
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
 
 
 class Blip3oPipeline:
@@ -283,11 +284,10 @@ class Blip3oPipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_range("images_per_prompt", images_per_prompt, 1, 10_000)
         check_range("batch_size", batch_size, 1, 10_000)
-        check_range("seed", seed, 0, MAX_SEED)
         features, pixels = features or PRESETS[preset].features, pixels or PRESETS[preset].pixels
         total = len(prompts) * images_per_prompt
-        seeds = [seed + i for i in range(total)]
-        pixel_seeds = [(seed if pixel_seed is None else pixel_seed) + i for i in range(total)]
+        seeds = _item_seeds(seed, total)
+        pixel_seeds = _item_seeds(seed if pixel_seed is None else pixel_seed, total)
         conditioning = self.encode_prompts(prompts, images).repeat_interleave(images_per_prompt, dim=0)
         negative_conditioning = None if negative_prompt is None else self.encode_prompts(negative_prompt)
         is_published = PRESETS[preset].is_published
@@ -334,8 +334,8 @@ class Blip3oPipeline:
         )
         used = {
             "preset": preset,
-            "features": vars(features),
-            "pixels": {**vars(pixels), "height": pictures.shape[1], "width": pictures.shape[2]},
+            "features": asdict(features),
+            "pixels": {**asdict(pixels), "height": pictures.shape[1], "width": pictures.shape[2]},
             "negative_prompt": negative_prompt,
             "pixel_negative": pixel_negative,
             "pixel_negative_seed": pixel_negative_seed,
@@ -394,7 +394,7 @@ class Blip3oPipeline:
                 on_pixel_step=on_pixel_step,
             )
         pixels = pixels or PRESETS[preset].pixels
-        pixel_seeds = [(seed if pixel_seed is None else pixel_seed) + i for i in range(len(encoded))]
+        pixel_seeds = _item_seeds(seed if pixel_seed is None else pixel_seed, len(encoded))
         away = self.negative_features() if pixels.guidance_scale != 1 else None
         drawn = [
             self.decode(
@@ -406,8 +406,8 @@ class Blip3oPipeline:
             )
             for rows in _batches(len(encoded), batch_size)
         ]
-        seeds = [seed + i for i in range(len(encoded))]
-        used = {"preset": preset, "pixels": vars(pixels), "pixel_negative": PUBLISHED_NEGATIVE_PROMPT}
+        seeds = _item_seeds(seed, len(encoded))
+        used = {"preset": preset, "pixels": asdict(pixels), "pixel_negative": PUBLISHED_NEGATIVE_PROMPT}
         return Generation(torch.cat(drawn), encoded.cpu(), [""] * len(encoded), seeds, pixel_seeds, used)
 
     # Looking
@@ -612,3 +612,9 @@ def _batches(total: int, size: int) -> list[slice]:
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
     """Rows of a batch; one row stands for all."""
     return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]
+
+
+def _item_seeds(seed: int, count: int) -> list[int]:
+    """Seeds of a batch: item i is drawn exactly as it would be alone with seed + i."""
+    check_range("seed", seed, 0, MAX_SEED)
+    return [(seed + item) % (MAX_SEED + 1) for item in range(count)]

@@ -42,6 +42,7 @@ class FeatureSettings:
         check_range("guidance_scale", self.guidance_scale, 0, 100)
         check_range("shift", self.shift, 0.01, 100)
         check_choice("sampler", self.sampler, FEATURE_SAMPLERS)
+        check_interval(self.guidance_interval)
 
 
 @torch.no_grad()
@@ -167,6 +168,13 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise BadInputError unless low <= value <= high."""
     if not low <= value <= high:
         raise BadInputError(f"{name} is {value}; it must lie between {low} and {high}.")
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Raise BadInputError unless 0 <= low <= high <= 1."""
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise BadInputError(f"guidance_interval is {low} to {high}; use 0 <= low <= high <= 1.")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

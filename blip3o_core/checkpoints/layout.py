@@ -195,7 +195,12 @@ def open_checkpoint(folder: str | Path) -> CheckpointFiles:
     config = read_json(config_path)
     _refuse_foreign_config(folder, config)
     expected = _index(folder)
-    paths = sorted(folder.glob("*.safetensors"))
+    # Without an index every file is part of the model; with one, other files in the folder are none of ours.
+    paths = [
+        path
+        for path in sorted(folder.glob("*.safetensors"))
+        if not expected or path.name in expected.values()
+    ]
     tensors: dict[str, TensorInfo] = {}
     for path in paths:
         tensors.update(read_header(path)[0])
