@@ -173,7 +173,8 @@ class LoadLora(io.ComfyNode):
                 io.Combo.Input(
                     "lora",
                     options=lora.list_loras(),
-                    tooltip="File in models/loras, or a PEFT folder there with adapter_config.json.",
+                    default=lora.NO_LORA,
+                    tooltip="File in models/loras, or a PEFT folder there with adapter_config.json. none changes nothing.",
                 ),
                 io.Float.Input(
                     "strength",

@@ -29,15 +29,17 @@ DIT_PREFIXES = (
 BACKBONE_PREFIXES = ("backbone.", "text_encoders.backbone.", "base_model.model.backbone.")
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 QUERIES = "latent_queries"
+NO_LORA = "none"
 KNOWN_WIDTHS = {3584: "the 8B model", 2048: "the 4B model"}
 
 
 def list_loras() -> list[str]:
-    """Safetensors files and PEFT folders below models/loras."""
+    """No LoRA, then safetensors files and PEFT folders below models/loras."""
     names = [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
-    return sorted(
+    found = sorted(
         {name[: -len(PEFT_WEIGHTS) - 1] if Path(name).name == PEFT_WEIGHTS else name for name in names}
     )
+    return [NO_LORA, *found]
 
 
 def find_lora(name: str) -> Path:
@@ -61,6 +63,8 @@ def find_lora(name: str) -> Path:
 
 def fingerprint(name: str) -> str:
     """Changes whenever the file does."""
+    if name == NO_LORA:
+        return NO_LORA
     path = find_lora(name)
     return host.files_fingerprint([path] if path.is_file() else path.iterdir())
 
@@ -112,6 +116,8 @@ def apply_lora(
         raise BadInputError(
             'The model connected as dit is not BLIP3-o\'s DiT.\nConnect the output dit of "Load BLIP3-o", not decoder.'
         )
+    if name == NO_LORA:
+        return dit, backbone, "no LoRA"
     tensors, metadata = read_lora(find_lora(name))
     key_map: dict[str, str] = {}
     lines = []
