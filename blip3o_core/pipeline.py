@@ -165,7 +165,8 @@ class Blip3oPipeline:
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(channels, H, W) of the feature grid: as many cells as latent queries."""
-        queries = self.files.component_tensors("backbone")["latent_queries"].shape[1]
+        tensors = self.files.component_tensors("backbone", allow_unknown=self._allow_unknown)
+        queries = tensors["latent_queries"].shape[1]
         side = round(queries**0.5)
         return self.dit.config.in_channels, side, side
 

@@ -30,6 +30,11 @@ def infer_nextdit(tensors: dict[str, TensorInfo], name: str) -> NextDiTConfig:
             f'The DiT of checkpoint "{name}" reads {in_channels} channels but writes {out_channels}; BLIP3-o\'s are equal.\n'
             "It is another network of the Lumina family; use BLIP3o-Model-8B or -4B."
         )
+    if not heads or dim % heads:
+        raise WrongCheckpointError(
+            f'The DiT of checkpoint "{name}" has impossible sizes: {heads} heads in a width of {dim}.\n'
+            "Download the checkpoint again."
+        )
     try:
         return NextDiTConfig(
             dim=dim,
@@ -80,7 +85,9 @@ def infer_eva_clip(tensors: dict[str, TensorInfo], config: dict[str, Any], name:
 
 
 def _count(tensors: dict[str, TensorInfo], prefix: str) -> int:
-    return 1 + max(int(key[len(prefix) :].split(".", 1)[0]) for key in tensors if key.startswith(prefix))
+    """Blocks of a network; 0 when it has none, so that what is missing is told by name."""
+    numbers = {key[len(prefix) :].split(".", 1)[0] for key in tensors if key.startswith(prefix)}
+    return max((1 + int(number) for number in numbers if number.isdigit()), default=0)
 
 
 def _shapes(tensors: dict[str, TensorInfo], name: str, what: str):

@@ -14,6 +14,7 @@ from .safetensor_files import TensorInfo, read_header
 
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference")
 INDEX_NAME = "model.safetensors.index.json"
+SINGLE_FILE_NAME = "model.safetensors"
 DECODER_FOLDER = "diffusion-decoder"
 DECODER_NETWORKS = ("unet", "vae")
 DECODER_WEIGHTS = ("diffusion_pytorch_model.bf16.safetensors", "diffusion_pytorch_model.safetensors")
@@ -139,6 +140,11 @@ class CheckpointFiles:
         for path in candidates:
             if path.is_file():
                 return path
+        if override is not None:
+            raise MissingFilesError(
+                f'There is no image encoder at "{override}".\n'
+                f"Name a file, or a folder that holds one of {', '.join(IMAGE_ENCODER_FILES)}."
+            )
         raise MissingFilesError(
             f'Checkpoint "{self.name}" comes without the EVA-CLIP image encoder, and none lies beside it.\n'
             f'Put "pytorch_model.bin" of the hub repository jiuhai/eva_clip_vision_tower into '
@@ -195,12 +201,7 @@ def open_checkpoint(folder: str | Path) -> CheckpointFiles:
     config = read_json(config_path)
     _refuse_foreign_config(folder, config)
     expected = _index(folder)
-    # Without an index every file is part of the model; with one, other files in the folder are none of ours.
-    paths = [
-        path
-        for path in sorted(folder.glob("*.safetensors"))
-        if not expected or path.name in expected.values()
-    ]
+    paths = _weight_files(folder, expected)
     tensors: dict[str, TensorInfo] = {}
     for path in paths:
         tensors.update(read_header(path)[0])
@@ -256,6 +257,15 @@ def _index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise WrongCheckpointError(f'"{INDEX_NAME}" in "{folder}" lists no weights.\nDownload it again.')
     return weight_map
+
+
+def _weight_files(folder: Path, expected: dict[str, str]) -> list[Path]:
+    """The model's own files: those of the index, else a single model.safetensors, else all; others are not ours."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if expected:
+        return [path for path in paths if path.name in expected.values()]
+    single = folder / SINGLE_FILE_NAME
+    return [single] if single in paths else paths
 
 
 def _no_config(folder: Path) -> MissingFilesError | WrongCheckpointError:

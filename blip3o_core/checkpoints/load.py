@@ -14,7 +14,7 @@ from ..config import EvaClipConfig
 from ..errors import WrongCheckpointError
 from .infer import infer_eva_clip, infer_nextdit
 from .layout import CheckpointFiles
-from .safetensor_files import TensorInfo, read_header, read_tensors
+from .safetensor_files import TensorInfo, read_header, read_tensors, refuse_lfs_pointer
 
 if TYPE_CHECKING:  # transformers and diffusers are imported only when their component is loaded
     from ..models.backbone import Backbone
@@ -154,14 +154,21 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         WrongCheckpointError: the file holds code, is damaged, or is no flat table of tensors.
     """
+    with path.open("rb") as file:
+        start = file.read(8)
+    refuse_lfs_pointer(path, start)
+    is_zip = start.startswith(b"PK")
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not is_zip and not start.startswith(b"\x80"):
+            raise ValueError("neither a zip file nor a pickle")
+        # Pickles of the kind before PyTorch 1.6 cannot be mapped.
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise WrongCheckpointError(
             f'"{path.name}" in "{path.parent}" holds Python code besides tensors and was not opened.\n'
             "Do not use this file. Download pytorch_model.bin of jiuhai/eva_clip_vision_tower again, or a safetensors file."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise WrongCheckpointError(
             f'"{path.name}" in "{path.parent}" cannot be read: it is cut short or no PyTorch file '
             f"({path.stat().st_size:,} bytes).\nDelete it and download it again. ({error})"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import WrongCheckpointError
@@ -52,11 +52,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start == b"version ":
-            raise WrongCheckpointError(
-                f'"{path.name}" in "{path.parent}" is a Git LFS pointer of a few bytes, not the weights.\n'
-                'Run "git lfs pull" in that folder, or download the file again.'
-            )
+        refuse_lfs_pointer(path, start)
         header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
         try:
             if header_bytes > MAX_HEADER_BYTES:
@@ -64,27 +60,30 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raw = file.read(header_bytes)
             if len(raw) < header_bytes:
                 raise _cut_short(path, size, None)
-            header = json.loads(raw)
-        except (ValueError, UnicodeDecodeError) as error:
-            raise WrongCheckpointError(
-                f'"{path.name}" in "{path.parent}" is not a readable safetensors file ({size:,} bytes).\n'
-                "Delete it and download it again."
-            ) from error
-    metadata = header.pop("__metadata__", None) or {}
-    expected = 8 + header_bytes + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            header = dict(json.loads(raw))
+            metadata = header.pop("__metadata__", None) or {}
+            entries = {
+                key: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+                for key, entry in header.items()
+            }
+        except (ValueError, TypeError, LookupError) as error:
+            raise _unreadable(path) from error
+    expected = 8 + header_bytes + max((end for _, _, _, end in entries.values()), default=0)
     if size < expected:
         raise _cut_short(path, size, expected)
+    if size > expected:
+        raise WrongCheckpointError(
+            f'"{path.name}" in "{path.parent}" is damaged: it has {size - expected:,} bytes more than its header tells.\n'
+            "Delete it and download it again."
+        )
     tensors = {}
-    for key, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+    for key, (dtype, shape, start_byte, end_byte) in entries.items():
+        if dtype not in DTYPES:
             raise WrongCheckpointError(
-                f'"{path.name}" holds the tensor "{key}" in the format {entry["dtype"]}, which cannot be read.\n'
+                f'"{path.name}" holds the tensor "{key}" in the format {dtype}, which cannot be read.\n'
                 "Use the published bf16 files."
             )
-        start_byte, end_byte = entry["data_offsets"]
-        tensors[key] = TensorInfo(
-            path, key, DTYPES[entry["dtype"]], tuple(entry["shape"]), end_byte - start_byte
-        )
+        tensors[key] = TensorInfo(path, key, DTYPES[dtype], shape, end_byte - start_byte)
     return tensors, metadata
 
 
@@ -107,7 +106,10 @@ def read_tensors(
         handle, copied = None, 0
         for name, info in entries:
             if handle is None or copied > REMAP_BYTES:
-                handle, copied = safe_open(str(path), framework="pt", device="cpu"), 0
+                try:
+                    handle, copied = safe_open(str(path), framework="pt", device="cpu"), 0
+                except SafetensorError as error:
+                    raise _unreadable(path) from error
             tensor = handle.get_tensor(info.key)
             target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             if target != tensor.dtype or device.type != "cpu":
@@ -132,6 +134,22 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_lfs_pointer(path: Path, start: bytes) -> None:
+    """Raise WrongCheckpointError when a file's first 8 bytes are those of a Git LFS pointer."""
+    if start == b"version ":
+        raise WrongCheckpointError(
+            f'"{path.name}" in "{path.parent}" is a Git LFS pointer of a few bytes, not the weights.\n'
+            'Run "git lfs pull" in that folder, or download the file again.'
+        )
+
+
+def _unreadable(path: Path) -> WrongCheckpointError:
+    return WrongCheckpointError(
+        f'"{path.name}" in "{path.parent}" is not a readable safetensors file ({path.stat().st_size:,} bytes).\n'
+        "Delete it and download it again."
+    )
 
 
 def _cut_short(path: Path, size: int, expected: int | None) -> WrongCheckpointError:

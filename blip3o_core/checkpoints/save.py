@@ -110,6 +110,9 @@ def save_decoder(folder: Path, decoder: Decoder, dtype: torch.dtype | None) -> N
         weights = DECODER_WEIGHTS[0] if dtype == torch.bfloat16 else DECODER_WEIGHTS[1]
         state_dict = {key: _cast(tensor, dtype) for key, tensor in network.state_dict().items()}
         write_safetensors(state_dict, folder / name / weights)
+        # Two files of one network would leave it to chance which is read.
+        for other in set(DECODER_WEIGHTS) - {weights}:
+            (folder / name / other).unlink(missing_ok=True)
         config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
         write_json(folder / name / "config.json", {"_class_name": type(network).__name__, **config})
     write_json(folder / "scheduler" / "scheduler_config.json", decoder.scheduler_config)
