@@ -63,16 +63,31 @@ def exchange_layers(network: nn.Module, *, is_cast: bool) -> None:
             layer.bias = None  # ComfyUI's casting reads it of every layer
 
 
-def store_linear_weights(network: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of linear layers in a smaller dtype; norms, biases, embeddings and convolutions stay as they are."""
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+def set_dtypes(network: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
+    """Keep the weights of linear layers in one dtype and everything else (norms, biases, embeddings) in the other.
+
+    Tensors that already have their dtype stay as they are, backed by the checkpoint file.
+    """
+    # A head that shares the token embedding's weights counts as an embedding, and stays shared.
+    shared = {layer.weight for layer in network.modules() if isinstance(layer, nn.Embedding)}
+    linear = {layer.weight for layer in network.modules() if isinstance(layer, nn.Linear)} - shared
+    converted: dict[nn.Parameter, nn.Parameter] = {}
+    for module in list(network.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            dtype = storage if parameter in linear else compute
+            if parameter.dtype != dtype:
+                if parameter not in converted:
+                    converted[parameter] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+                setattr(module, name, converted[parameter])
+
+
+def file_dtype(storage: torch.dtype) -> torch.dtype | None:
+    """What to read weights as before set_dtypes: None, as in the file, when they shrink to one byte afterwards."""
+    return None if storage.itemsize == 1 else storage
 
 
 def prepare(network: nn.Module, storage: torch.dtype, compute: torch.dtype) -> nn.Module:
-    """Exchange the layers of a network that was loaded in its compute dtype, and shrink it when storage is smaller."""
-    if storage.itemsize == 1:
-        store_linear_weights(network, storage)
+    """Make a network that was read in file_dtype(storage) ready for ComfyUI's memory management."""
+    set_dtypes(network, storage, compute)
     exchange_layers(network, is_cast=storage != compute)
     return network

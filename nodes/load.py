@@ -32,7 +32,7 @@ def load_backbone_patcher(
 ) -> comfy.model_patcher.ModelPatcher:
     """The backbone of a checkpoint folder in a patcher. Arguments as load_dit_patcher."""
     storage, compute = backbone_dtypes(dtype)
-    backbone = load_backbone(open_checkpoint(Path(folder)), dtype=compute)
+    backbone = load_backbone(open_checkpoint(Path(folder)), dtype=layers.file_dtype(storage))
     layers.prepare(backbone, storage, compute)
     memory.archive_model_dtypes(backbone)
     return host.make_patcher(
@@ -45,7 +45,7 @@ def load_image_encoder_patcher(
 ) -> comfy.model_patcher.ModelPatcher:
     """EVA-CLIP of a checkpoint folder, or from beside it, in a patcher. Arguments as load_dit_patcher."""
     storage, compute = backbone_dtypes(dtype)
-    encoder = load_image_encoder(open_checkpoint(Path(folder)), dtype=compute)
+    encoder = load_image_encoder(open_checkpoint(Path(folder)), dtype=layers.file_dtype(storage))
     layers.prepare(encoder, storage, compute)
     memory.archive_model_dtypes(encoder)
     return host.make_patcher(

@@ -202,9 +202,8 @@ def load_decoder_patcher(
     ops = comfy.ops.manual_cast if storage != compute else comfy.ops.disable_weight_init
     groups = unet_config.get("norm_num_groups") or COMFY_NORM_GROUPS
     unet = UNetModel(**settings, dtype=compute, device="meta", operations=with_norm_groups(ops, groups))
-    _fill_unet(unet, settings, files, compute)
-    if storage.itemsize == 1:
-        layers.store_linear_weights(unet, storage)
+    _fill_unet(unet, settings, files, layers.file_dtype(storage))
+    layers.set_dtypes(unet, storage, compute)
     latents = DecoderLatents(vae_config["scaling_factor"], preview.read_fitted(files.folder, "latents"))
     config = DecoderConfig({**settings, "disable_unet_model_creation": True}, latents, scheduler)
     config.set_inference_dtype(storage, compute)
@@ -220,7 +219,9 @@ def load_decoder_patcher(
     return host.make_patcher(model, load_decoder_patcher, (folder, dtype), disable_dynamic=disable_dynamic)
 
 
-def _fill_unet(unet: UNetModel, settings: dict[str, Any], files: CheckpointFiles, dtype: torch.dtype) -> None:
+def _fill_unet(
+    unet: UNetModel, settings: dict[str, Any], files: CheckpointFiles, dtype: torch.dtype | None
+) -> None:
     names = comfy.utils.unet_to_diffusers(settings)
     infos = read_header(files.decoder_file("unet"))[0]
     unknown = [key for key in infos if key not in names]

@@ -133,7 +133,7 @@ def load_dit_patcher(
     """
     files: CheckpointFiles = open_checkpoint(Path(folder))
     storage, compute = host.storage_and_compute_dtype(dtype, SUPPORTED_DTYPES)
-    dit = load_dit(files, dtype=compute)
+    dit = load_dit(files, dtype=layers.file_dtype(storage))
     rgb = preview.feature_factors(files, dit)
     layers.prepare(dit, storage, compute)
     config = FeatureFlowConfig(FeatureFormat(dit.config.in_channels, rgb), storage, compute)
