@@ -34,6 +34,8 @@ GRID_SIDE = 8
 ORIGINAL_SIDE = 1024
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 MAX_SIDE = 4096
+# Beyond it the published spacing would repeat timesteps.
+MAX_DECODER_STEPS = 500
 TILE_LATENTS = 512
 Patcher = comfy.model_patcher.ModelPatcher
 Conditioning = list[list[Any]]
@@ -574,7 +576,7 @@ def decoder_settings() -> list[io.Input]:
             "steps",
             default=50,
             min=1,
-            max=1000,
+            max=MAX_DECODER_STEPS,
             tooltip="More steps paint finer detail. 50 as published with euler; 20-25 suffice with dpmpp_2m.",
         ),
         io.Float.Input(
@@ -733,7 +735,7 @@ class GeneratePicture(io.ComfyNode):
                     "pixel_steps",
                     default=50,
                     min=1,
-                    max=1000,
+                    max=MAX_DECODER_STEPS,
                     tooltip="Steps of the decoder, 50 as published.",
                     advanced=True,
                 ),

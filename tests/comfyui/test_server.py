@@ -14,7 +14,6 @@ from comfyui_server import Server, Socket, cached_nodes, error_of
 from PIL import Image
 
 REFERENCE = "reference"
-LONG = 400
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_one_answer_per_image_or_one_for_all(server: Server):
 
 LONG_GRAPHS = {
     "image features": ("3", api_graphs.text_to_image(REFERENCE, seed=9001, steps=1000)),
-    "pixels": ("4", api_graphs.text_to_image(REFERENCE, seed=9002, pixel_steps=1000)),
+    "pixels": ("4", api_graphs.text_to_image(REFERENCE, seed=9002, pixel_steps=500)),
     "answer": (
         "7",
         api_graphs.ask(
