@@ -39,9 +39,10 @@ def sigma_schedule(steps: int, shift: float = 1.0) -> Tensor:
 
     Source: BLIP3o@4689ec3 sample_images; FlowMatchEulerDiscreteScheduler.set_timesteps.
     """
-    sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).float()
+    sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    # In double precision: in single, a shifted 1 may come out above 1, outside every guidance interval.
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-    return torch.cat([sigmas, torch.zeros(1)])
+    return torch.cat([sigmas.float(), torch.zeros(1)])
 
 
 def whole_timesteps(sigmas: Tensor) -> Tensor:
