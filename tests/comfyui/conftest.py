@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfyui_server import COMFYUI, Server, make_base_folder
+from api_graphs import BUILT_IN
+from comfyui_server import COMFYUI, ROOT, Server, make_base_folder
 from reference_set import build_reference
 
 MISSING = (
@@ -52,3 +53,10 @@ def server(base: Path) -> Iterator[Server]:
     running = Server(base)
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> str:
+    """The built-in model, or random weights where a checkout does not carry it yet."""
+    built_in = ROOT / "blip3o_core" / "assets" / "tiny" / "config.json"
+    return BUILT_IN if built_in.is_file() else "reference"

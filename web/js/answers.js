@@ -63,7 +63,7 @@ app.registerExtension({
     nodeType.prototype.onConfigure = function () {
       onConfigure?.apply(this, arguments);
       const text = this.properties?.[PROPERTY];
-      if (text) showAnswer(this, text);
+      if (typeof text === "string") showAnswer(this, text);
     };
   },
 });
