@@ -35,14 +35,18 @@ class PixelLimits:
 
 
 def pixel_limits(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> PixelLimits:
-    """Given limits, else those of the checkpoint's preprocessor_config.json, the upper one no more than MAX_PIXELS."""
+    """Limits for a checkpoint: those given, never above its preprocessor_config.json's, which it was trained with.
+
+    Without a given upper limit it is MAX_PIXELS, or the checkpoint's when that is smaller.
+    """
+    if min_pixels is not None and max_pixels is not None:
+        PixelLimits(min_pixels, max_pixels)
     path = folder / "preprocessor_config.json"
     stored = read_json(path) if path.is_file() else {}
-    if max_pixels is None:
-        max_pixels = min(stored.get("max_pixels") or MAX_PIXELS, MAX_PIXELS)
-    if min_pixels is None:
-        min_pixels = min(stored.get("min_pixels") or MIN_PIXELS, max_pixels)
-    return PixelLimits(min_pixels, max_pixels)
+    upper = MAX_PIXELS if max_pixels is None else max_pixels
+    upper = min(upper, stored.get("max_pixels") or upper)
+    lower = stored.get("min_pixels") or MIN_PIXELS if min_pixels is None else min_pixels
+    return PixelLimits(min(lower, upper), upper)
 
 
 @dataclass(frozen=True)
