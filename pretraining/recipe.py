@@ -1,0 +1,253 @@
+"""The stages in the paper's order: what each one trains, on which data, from which earlier stages.
+
+A run folder holds one folder per stage (state.pt, log.jsonl, tensorboard/, loss.png) and `cache/` with rendered scenes
+and encoded features. Every stage reads its YAML file in configs/, or one of the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from ..blip3o_core.config import EvaClipConfig, NextDiTConfig
+from ..blip3o_core.errors import BadInputError, MissingFilesError
+from ..blip3o_core.models.decoder import Decoder
+from ..blip3o_core.models.eva_clip import EvaClip
+from ..blip3o_core.models.nextdit import NextDiT
+from .assemble import to_backbone, write_checkpoint
+from .captions import draw_caption
+from .pool import ScenePool, load_pool
+from .scenes import SIDE, Scenes
+from .stages import encoder as encoder_stage
+from .stages import generation as generation_stage
+from .stages.decoder import SCHEDULER_CONFIG, DecoderStage, build_unet, decoder_batches, encode_pool, tiny_unet_config
+from .stages.encoder import EncoderStage, encoder_batches, rescale
+from .stages.generation import GenerationStage, encode_bare_prompt, encode_pool_prompts, generation_batches
+from .stages.understanding import (
+    BackboneSizes,
+    UnderstandingStage,
+    backbone_config,
+    build_backbone,
+    understanding_batches,
+)
+from .stages.vae import VaeStage, build_vae, vae_batches
+from .trainer import Batch, LoopConfig, load_trained
+from .vocabulary import WordIds
+
+STAGES = ("encoder", "vae", "decoder", "understanding", "generation", "tuning")
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class Job:
+    """A stage ready to train."""
+
+    module: nn.Module
+    batch_of: Callable[[int], Batch]
+    loop: LoopConfig
+
+
+class Recipe:
+    """A run folder and the configurations of its stages.
+
+    Args:
+        folder: the run folder.
+        overrides: stage name -> configuration that replaces the file in configs/.
+    """
+
+    def __init__(self, folder: Path, overrides: dict[str, dict[str, Any]] | None = None) -> None:
+        self.folder = folder
+        self.configs = {name: read_config(CONFIGS / f"{name}.yaml") for name in STAGES}
+        self.configs.update(overrides or {})
+        self.vocabulary = WordIds()
+
+    def job(self, stage: str) -> Job:
+        """The stage's module with its start weights, its batches and its loop.
+
+        Raises:
+            BadInputError: an unknown stage.
+            MissingFilesError: an earlier stage that this one reads has not been trained.
+        """
+        if stage not in STAGES:
+            raise BadInputError(f'There is no stage "{stage}"; choose one of {", ".join(STAGES)}.')
+        config = self.configs[stage]
+        loop = LoopConfig(**config["loop"])
+        torch.manual_seed(loop.seed)
+        module, batch_of = getattr(self, f"_{stage}")(config, loop, self._pool(stage))
+        return Job(module, batch_of, loop)
+
+    def image_encoder(self) -> EvaClip:
+        """The trained image encoder, its features scaled."""
+        stage = EncoderStage(self._new_encoder(), self.vocabulary.size)
+        self._load(stage, "encoder")
+        rescale(stage.encoder, self.configs["encoder"]["feature_scale"])
+        return stage.encoder.eval().requires_grad_(False)
+
+    def vae(self) -> nn.Module:
+        """The trained VAE."""
+        stage = VaeStage(build_vae(self.configs["vae"]["network"]), 0.0, 0.0)
+        self._load(stage, "vae")
+        return stage.vae.eval().requires_grad_(False)
+
+    def understanding(self) -> UnderstandingStage:
+        """The trained backbone with its latent queries."""
+        stage = self._new_understanding()
+        self._load(stage, "understanding")
+        return stage.eval().requires_grad_(False)
+
+    def dit(self) -> NextDiT:
+        """The trained DiT, tuned where the tuning stage has run."""
+        stage = GenerationStage(self._new_dit(self.configs["generation"]))
+        tuned = (self.folder / "tuning" / "state.pt").is_file()
+        self._load(stage, "tuning" if tuned else "generation")
+        return stage.dit.eval().requires_grad_(False)
+
+    def decoder(self) -> Decoder:
+        """The trained decoder."""
+        decoder = Decoder(self._unet_config(), self.configs["vae"]["network"], SCHEDULER_CONFIG)
+        self._load(DecoderStage(decoder.unet, SIDE, 0.0, 0.0), "decoder")
+        decoder.vae.load_state_dict(self.vae().state_dict())
+        return decoder.eval().requires_grad_(False)
+
+    def backbone_config(self) -> dict[str, Any]:
+        """config.json of the checkpoint."""
+        sizes = self.configs["encoder"]["network"]
+        gen_vision = {key: sizes[key] for key in ("width", "layers", "head_width", "image_size", "patch_size")}
+        gen_vision["mlp_ratio"] = sizes["mlp_dim"] / sizes["width"]
+        return backbone_config(BackboneSizes(**self.configs["understanding"]["network"]), self.vocabulary, gen_vision)
+
+    def assemble(self, folder: Path) -> Path:
+        """Write the checkpoint of all trained stages."""
+        understanding = self.understanding()
+        config = self.backbone_config()
+        steps = {stage: self._step(stage) for stage in STAGES}
+        return write_checkpoint(
+            folder,
+            config,
+            backbone=to_backbone(understanding.backbone, understanding.latent_queries, config),
+            dit=self.dit(),
+            image_encoder=self.image_encoder(),
+            decoder=self.decoder(),
+            metadata={"format": "pt", "steps": " ".join(f"{stage}={step}" for stage, step in steps.items() if step)},
+        )
+
+    def _pool(self, stage: str) -> ScenePool:
+        data = self.configs[stage]["data"]
+        return load_pool(data["scenes"], data["seed"], self.folder / "cache")
+
+    def _new_encoder(self) -> EvaClip:
+        return EvaClip(EvaClipConfig(**self.configs["encoder"]["network"]))
+
+    def _new_understanding(self) -> UnderstandingStage:
+        config = self.configs["understanding"]
+        sizes = BackboneSizes(**config["network"])
+        backbone = build_backbone(self.backbone_config())
+        return UnderstandingStage(backbone, self.vocabulary, sizes.queries, config["anchor_weight"])
+
+    def _new_dit(self, config: dict[str, Any]) -> NextDiT:
+        width = self.configs["encoder"]["network"]["width"]
+        hidden = self.configs["understanding"]["network"]["hidden"]
+        return NextDiT(NextDiTConfig(in_channels=width, conditioning_dim=hidden, **config["network"]))
+
+    def _unet_config(self) -> dict[str, Any]:
+        network = self.configs["decoder"]["network"]
+        width = self.configs["encoder"]["network"]["width"]
+        channels = self.configs["vae"]["network"]["latent_channels"]
+        return tiny_unet_config(width, channels, tuple(network["channels"]), tuple(network["heads"]))
+
+    def _encoder(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+        network = self._new_encoder()
+        encoder_stage.initialise(network)
+        stage = EncoderStage(network, self.vocabulary.size, config["contrast_weight"])
+        return stage, encoder_batches(pool, self.caption_ids, loop.batch_size, loop.seed)
+
+    def _vae(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+        vae = build_vae(config["network"]).to(memory_format=torch.channels_last)
+        channels = config["network"]["latent_channels"]
+        batches = vae_batches(pool, loop.batch_size, loop.seed, config["crop"], channels, config["full_from"])
+        return VaeStage(vae, config["kl_weight"], config["anchor_weight"]), batches
+
+    def _decoder(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+        scaling = self.configs["vae"]["network"]["scaling_factor"]
+        name = self._cache_name("decoder")
+        features, latents = encode_pool(pool, self.image_encoder(), self.vae(), scaling, self.folder / "cache", name)
+        stage = DecoderStage(build_unet(self._unet_config()), SIDE, config["drop"], config["feature_noise"])
+        return stage, decoder_batches(features, latents, loop.batch_size, loop.seed, config["drop"])
+
+    def _understanding(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+        stage = self._new_understanding()
+        if config["anchor_weight"] > 0:
+            earlier = self._new_understanding()
+            load_trained(earlier, Path(config["anchor"]))
+            stage.set_anchor(earlier.state_dict())
+        queries = config["network"]["queries"]
+        return stage, understanding_batches(pool, self.vocabulary, loop.batch_size, config["prompts"], loop.seed, queries)
+
+    def _generation(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+        dit = self._new_dit(config)
+        generation_stage.initialise(dit)
+        return GenerationStage(dit), self._generation_batches(config, loop, pool, "generation")
+
+    def _tuning(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+        stage = GenerationStage(self._new_dit(config))
+        self._load(stage, "generation")
+        return stage, self._generation_batches(config, loop, pool, "tuning")
+
+    def _generation_batches(
+        self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool, stage: str
+    ) -> Callable[[int], Batch]:
+        understanding = self.understanding()
+        name, cache = self._cache_name(stage), self.folder / "cache"
+        features, _ = encode_pool(pool, self.image_encoder(), None, 1.0, cache, name)
+        prompts = encode_pool_prompts(
+            understanding, self.vocabulary, pool, cache / f"conditioning_{name}_{self._step('understanding')}.npy", 0
+        )
+        bare = encode_bare_prompt(understanding, self.vocabulary).numpy()
+        return generation_batches(
+            features, [prompts], loop.batch_size, loop.seed, config["drop"], bare=bare, bare_share=config["bare_share"]
+        )
+
+    def caption_ids(self, scenes: Scenes, step: int) -> Tensor:
+        """Ids (B, L) of one caption per scene, 0 = padding."""
+        rng = np.random.default_rng((step, 5))
+        rows = [self.vocabulary(draw_caption(scenes, n, rng, held_out=False)) for n in range(len(scenes))]
+        longest = max(map(len, rows))
+        return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+
+    def _cache_name(self, stage: str) -> str:
+        data = self.configs[stage]["data"]
+        return f"{data['scenes']}_{data['seed']}_{self._step('encoder')}_{self._step('vae')}"
+
+    def _step(self, stage: str) -> int:
+        path = self.folder / stage / "state.pt"
+        return torch.load(path, map_location="cpu", weights_only=True)["step"] if path.is_file() else 0
+
+    def _load(self, module: nn.Module, stage: str) -> None:
+        if not (self.folder / stage / "state.pt").is_file():
+            raise MissingFilesError(
+                f'Stage "{stage}" has not been trained in "{self.folder}" (no {stage}/state.pt).\n'
+                f'Run "blip3o pretrain {stage} --run {self.folder}" first.'
+            )
+        load_trained(module, self.folder / stage)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A stage's YAML file.
+
+    Raises:
+        MissingFilesError: no such file.
+        BadInputError: it names no stage.
+    """
+    if not path.is_file():
+        raise MissingFilesError(f'There is no configuration "{path}".\nGive the path of a YAML file with a stage in it.')
+    config = yaml.safe_load(path.read_text("utf-8"))
+    if not isinstance(config, dict) or config.get("stage") not in STAGES:
+        raise BadInputError(f'"{path}" names no stage: expected "stage:" with one of {", ".join(STAGES)}.')
+    return config
