@@ -193,6 +193,8 @@ class Blip3oPipeline:
                 preset takes whatever noise comes next, once.
         """
         settings = settings or FeatureSettings()
+        if seed is not None:
+            check_range("seed", seed, 0, MAX_SEED)
         key = (prompt, seed, settings)
         if key not in self._negatives:
             conditioning = self.encode_prompts(prompt, use_template=bool(prompt.strip()))
@@ -289,6 +291,11 @@ class Blip3oPipeline:
         total = len(prompts) * images_per_prompt
         seeds = _item_seeds(seed, total)
         pixel_seeds = _item_seeds(seed if pixel_seed is None else pixel_seed, total)
+        for word, starts in (("features", start_features), ("images", start_images)):
+            if starts is not None and len(starts) not in (1, total):
+                raise BadInputError(
+                    f"There are {len(starts)} start {word} for {total} pictures.\nGive one, or one for each picture."
+                )
         conditioning = self.encode_prompts(prompts, images).repeat_interleave(images_per_prompt, dim=0)
         negative_conditioning = None if negative_prompt is None else self.encode_prompts(negative_prompt)
         is_published = PRESETS[preset].is_published
