@@ -25,7 +25,7 @@ from .images import (
     preprocess_for_image_encoder,
     to_pixels,
 )
-from .noise import PublishedNoise, SeededNoise, seeded_noise
+from .noise import MAX_SEED, PublishedNoise, SeededNoise, item_seeds, seeded_noise
 from .presets import PRESETS, Generation
 from .prompts import SYSTEM_PROMPT, TextTokenizer
 from .sampling import FeatureSettings, StepCallback, check_range, sample_features
@@ -41,7 +41,6 @@ if TYPE_CHECKING:  # transformers and diffusers are imported only when their com
 # Published code steers the decoder away from features drawn for a bare space, without the chat template.
 PUBLISHED_NEGATIVE_PROMPT = " "
 CACHED_NEGATIVES = 8
-MAX_SEED = 2**64 - 1
 
 
 class Blip3oPipeline:
@@ -289,8 +288,8 @@ class Blip3oPipeline:
         check_range("batch_size", batch_size, 1, 10_000)
         features, pixels = features or PRESETS[preset].features, pixels or PRESETS[preset].pixels
         total = len(prompts) * images_per_prompt
-        seeds = _item_seeds(seed, total)
-        pixel_seeds = _item_seeds(seed if pixel_seed is None else pixel_seed, total)
+        seeds = item_seeds(seed, total)
+        pixel_seeds = item_seeds(seed if pixel_seed is None else pixel_seed, total)
         for word, starts in (("features", start_features), ("images", start_images)):
             if starts is not None and len(starts) not in (1, total):
                 raise BadInputError(
@@ -402,7 +401,7 @@ class Blip3oPipeline:
                 on_pixel_step=on_pixel_step,
             )
         pixels = pixels or PRESETS[preset].pixels
-        pixel_seeds = _item_seeds(seed if pixel_seed is None else pixel_seed, len(encoded))
+        pixel_seeds = item_seeds(seed if pixel_seed is None else pixel_seed, len(encoded))
         away = self.negative_features() if pixels.guidance_scale != 1 else None
         drawn = [
             self.decode(
@@ -414,7 +413,7 @@ class Blip3oPipeline:
             )
             for rows in _batches(len(encoded), batch_size)
         ]
-        seeds = _item_seeds(seed, len(encoded))
+        seeds = item_seeds(seed, len(encoded))
         used = {"preset": preset, "pixels": asdict(pixels), "pixel_negative": PUBLISHED_NEGATIVE_PROMPT}
         return Generation(torch.cat(drawn), encoded.cpu(), [""] * len(encoded), seeds, pixel_seeds, used)
 
@@ -511,6 +510,9 @@ class Blip3oPipeline:
 
         if len(choices) < 2:
             raise BadInputError(f"There are {len(choices)} choices; give at least two.")
+        for place, choice in enumerate(choices):
+            if choice in choices[:place]:
+                raise BadInputError(f'The choice "{choice}" is there twice.\nGive each choice once.')
         row = self._question_row(question, images, min_pixels, max_pixels)
         with self._on_device("backbone") as backbone:
             scores = choice_log_probabilities(backbone, self.tokenizer, row, choices, device=self.device)
@@ -620,9 +622,3 @@ def _batches(total: int, size: int) -> list[slice]:
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
     """Rows of a batch; one row stands for all."""
     return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]
-
-
-def _item_seeds(seed: int, count: int) -> list[int]:
-    """Seeds of a batch: item i is drawn exactly as it would be alone with seed + i."""
-    check_range("seed", seed, 0, MAX_SEED)
-    return [(seed + item) % (MAX_SEED + 1) for item in range(count)]

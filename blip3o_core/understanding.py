@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 
 from .errors import BadInputError
 from .models.backbone import Backbone
+from .noise import MAX_SEED, item_seeds
 from .prompts import END_OF_TURN, SYSTEM_PROMPT, Message, TextTokenizer, chat_text
 from .rows import EncodedRow, PixelLimits, embed_rows, encode_picture, padded_positions
 from .sampling import check_range
@@ -69,6 +70,7 @@ class AnswerSettings:
         check_range("top_p", self.top_p, 0.01, 1)
         check_range("top_k", self.top_k, 0, 200_000)
         check_range("repetition_penalty", self.repetition_penalty, 0.1, 10)
+        check_range("seed", self.seed, 0, MAX_SEED)
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def _token_chooser(
         if settings.top_p < 1:
             warpers.append(TopPLogitsWarper(settings.top_p))
     penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
-    generators = [torch.Generator().manual_seed(settings.seed + row) for row in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed) for seed in item_seeds(settings.seed, len(prompts))]
 
     def choose(logits: Tensor, answers: list[list[int]]) -> Tensor:
         if settings.repetition_penalty != 1:
