@@ -33,6 +33,7 @@ PREDICTIONS = {
 # The sizes of SDXL's autoencoder, the only ones ComfyUI's own network can be built with.
 SDXL_VAE = {
     "block_out_channels": [128, 256, 512, 512],
+    "latent_channels": 4,
     "layers_per_block": 2,
     "norm_num_groups": 32,
     "mid_block_add_attention": True,
@@ -122,13 +123,16 @@ def with_norm_groups(ops: Any, groups: int) -> Any:
 
 
 class DecoderLatents(comfy.latent_formats.SDXL):
-    """The VAE's latents, with the scale and, if the checkpoint brings one, the preview map of this checkpoint."""
+    """The VAE's latents: SDXL's as published, or those of a smaller VAE with its own scale, channels and preview map."""
 
-    def __init__(self, scaling_factor: float, rgb: preview.RgbFactors | None) -> None:
+    def __init__(self, vae_config: dict[str, Any], rgb: preview.RgbFactors | None) -> None:
         super().__init__()
-        self.scale_factor = scaling_factor
+        self.scale_factor = vae_config["scaling_factor"]
+        self.latent_channels = vae_config["latent_channels"]
+        self.spacial_downscale_ratio = pixels_per_latent(vae_config)
         if rgb is not None:
             self.latent_rgb_factors, self.latent_rgb_factors_bias = rgb.factors, rgb.bias
+            self.taesd_decoder_name = None
 
 
 class DecoderConfig(comfy.supported_models.SDXL):
@@ -163,14 +167,13 @@ class FeatureDecoder(comfy.model_base.SDXL):
         unet: UNetModel,
         *,
         time_width: int,
-        native_latents: int,
-        pixels_per_latent: int,
+        native_side: int,
     ) -> None:
         super().__init__(model_config, model_type)
         self.diffusion_model = unet
         self.embedder = Timestep(time_width)
-        self.pixels_per_latent = pixels_per_latent
-        self.native_side = native_latents * pixels_per_latent
+        self.pixels_per_latent = model_config.latent_format.spacial_downscale_ratio
+        self.native_side = native_side
         memory.archive_model_dtypes(unet)
 
     @property
@@ -204,7 +207,10 @@ def load_decoder_patcher(
     unet = UNetModel(**settings, dtype=compute, device="meta", operations=with_norm_groups(ops, groups))
     _fill_unet(unet, settings, files, layers.file_dtype(storage))
     layers.set_dtypes(unet, storage, compute)
-    latents = DecoderLatents(vae_config["scaling_factor"], preview.read_fitted(files.folder, "latents"))
+    rgb, native_side = None, unet_config["sample_size"] * pixels_per_latent(vae_config)
+    if not is_sdxl_vae(vae_config):
+        rgb = preview.latent_factors(load_vae(folder), native_side, vae_config["scaling_factor"])
+    latents = DecoderLatents(vae_config, rgb)
     config = DecoderConfig({**settings, "disable_unet_model_creation": True}, latents, scheduler)
     config.set_inference_dtype(storage, compute)
     prediction = PREDICTIONS[scheduler.get("prediction_type", "epsilon")]
@@ -213,8 +219,7 @@ def load_decoder_patcher(
         prediction,
         unet.eval().requires_grad_(False),
         time_width=unet_config["addition_time_embed_dim"],
-        native_latents=unet_config["sample_size"],
-        pixels_per_latent=2 ** (len(vae_config["block_out_channels"]) - 1),
+        native_side=native_side,
     )
     return host.make_patcher(model, load_decoder_patcher, (folder, dtype), disable_dynamic=disable_dynamic)
 
@@ -258,11 +263,21 @@ class Autoencoder(nn.Module):
         return self.vae.decode(latents).sample
 
 
+def is_sdxl_vae(config: dict[str, Any]) -> bool:
+    """Whether a diffusers VAE has the sizes of SDXL's."""
+    return all(config.get(key, value) == value for key, value in SDXL_VAE.items())
+
+
+def pixels_per_latent(config: dict[str, Any]) -> int:
+    """Pixels along one side of a latent: 8 for four levels."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
 def load_vae(folder: str) -> comfy.sd.VAE:
     """The decoder's autoencoder as a VAE: ComfyUI's own network where the sizes are SDXL's, diffusers' otherwise."""
     files = open_checkpoint(Path(folder))
     config = files.decoder_config("vae")
-    if all(config.get(key, value) == value for key, value in SDXL_VAE.items()):
+    if is_sdxl_vae(config):
         state_dict = dict(read_tensors(read_header(files.decoder_file("vae"))[0]))
         vae = comfy.sd.VAE(sd=state_dict)
         vae.patcher.cached_patcher_init = (load_vae_patcher, (folder,))
