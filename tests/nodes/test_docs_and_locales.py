@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from schema_snapshot import load_snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ROOT / "nodes"
@@ -203,6 +204,16 @@ def test_every_node_id_literal_is_among_the_schemas_read():
                 literals.add(node_id.value)
     assert literals
     assert set(schemas()) == literals
+
+
+def test_the_schemas_read_here_are_those_that_a_real_server_reported():
+    for node_id, schema in schemas().items():
+        reported = load_snapshot()[node_id]
+        groups = [reported["input"].get(group, {}) for group in ("required", "optional")]
+        tooltips = {name: definition[1]["tooltip"] for group in groups for name, definition in group.items()}
+        assert {socket.name: socket.tooltip for socket in schema.inputs} == tooltips, node_id
+        assert [socket.name for socket in schema.outputs] == reported["output_name"], node_id
+        assert (schema.display_name, schema.category) == (reported["display_name"], reported["category"])
 
 
 def test_every_node_has_an_english_and_a_chinese_page_and_no_page_is_left_over():
