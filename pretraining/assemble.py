@@ -22,7 +22,10 @@ from .vocabulary import tokenizer_files
 def to_backbone(qwen: nn.Module, latent_queries: nn.Parameter, config: dict[str, Any]) -> Backbone:
     """The published backbone from transformers' Qwen2.5-VL and the latent queries."""
     backbone = Backbone(
-        config, vocab_size=config["vocab_size"], queries=latent_queries.shape[1], tie_head=config["tie_word_embeddings"]
+        config,
+        vocab_size=config["vocab_size"],
+        queries=latent_queries.shape[1],
+        tie_head=config["tie_word_embeddings"],
     )
     backbone.text.load_state_dict(qwen.model.language_model.state_dict())
     backbone.visual.load_state_dict(qwen.model.visual.state_dict())
@@ -64,7 +67,9 @@ def write_checkpoint(
         dit=dit,
         image_encoder=image_encoder,
         decoder=decoder,
-        metadata={key: json.dumps(value) if not isinstance(value, str) else value for key, value in metadata.items()},
+        metadata={
+            key: json.dumps(value) if not isinstance(value, str) else value for key, value in metadata.items()
+        },
     )
     tokenizer_files(folder)
     write_json(folder / "preprocessor_config.json", preprocessor_config())

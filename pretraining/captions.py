@@ -24,7 +24,12 @@ RELATION_PHRASES = {
     "below": ("below", "under", "beneath"),
 }
 HELD_OUT_EVERY = 6
-DESCRIBE_TEXTS = ("describe the picture.", "describe this image.", "what is in the picture?", "what does this picture show?")
+DESCRIBE_TEXTS = (
+    "describe the picture.",
+    "describe this image.",
+    "what is in the picture?",
+    "what does this picture show?",
+)
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a picture with its only right answer."""
+    """One question about a picture with its only right answer.
+
+    Attributes:
+        mentions: words of the text that name objects, in order, each with the number of the object, -1 = not there.
+    """
 
     type: str
     text: str
     answer: str
+    mentions: tuple[tuple[str, int], ...] = ()
 
 
 def caption_is_held_out(caption: str) -> bool:
@@ -61,7 +71,7 @@ def caption_is_held_out(caption: str) -> bool:
 
 
 def plural(kind: str) -> str:
-    """"crosses", "circles"."""
+    """ "crosses", "circles"."""
     return kind + ("es" if kind.endswith("s") else "s")
 
 
@@ -142,8 +152,9 @@ def draw_questions(scenes: Scenes, n: int, rng: np.random.Generator) -> list[Que
     """One question of every type that scene n can answer."""
     count = int(scenes.count[n])
     group = int(scenes.group[n])
-    objects = [(KINDS[scenes.kind[n, k]], COLOURS[scenes.colour[n, k]]) for k in range(count)]
-    kind, colour = objects[rng.integers(count)]
+    objects = scene_objects(scenes, n)
+    chosen = int(rng.integers(count))
+    kind, colour = objects[chosen]
     kinds, colours = {k for k, _ in objects}, {c for _, c in objects}
     spelling = ("colour", "color")[rng.integers(2)]
     questions = [
@@ -152,33 +163,64 @@ def draw_questions(scenes: Scenes, n: int, rng: np.random.Generator) -> list[Que
         _exist_question(objects, rng),
     ]
     if group == 2:
-        questions.append(Question("colour", f"what {spelling} are the {plural(kind)}?", colour))
-        questions.append(Question("shape", "what shape are the objects?", kind))
+        questions.append(
+            Question("colour", f"what {spelling} are the {plural(kind)}?", colour, ((plural(kind), 0),))
+        )
+        questions.append(Question("shape", "what shape are the objects?", kind, (("objects", 0),)))
     else:
         if sum(k == kind for k, _ in objects) == 1:
-            questions.append(Question("colour", f"what {spelling} is the {kind}?", colour))
+            questions.append(Question("colour", f"what {spelling} is the {kind}?", colour, ((kind, chosen),)))
         if sum(c == colour for _, c in objects) == 1:
-            text = "what shape is the object?" if group == 0 and rng.random() < 0.4 else f"what shape is the {colour} object?"
-            questions.append(Question("shape", text, kind))
+            text = (
+                "what shape is the object?"
+                if group == 0 and rng.random() < 0.4
+                else f"what shape is the {colour} object?"
+            )
+            questions.append(Question("shape", text, kind, (("object", chosen),)))
     if group == 0:
-        questions.append(Question("size", f"how big is the {kind}?", SIZES[scenes.size[n]]))
+        questions.append(Question("size", f"how big is the {kind}?", SIZES[scenes.size[n]], ((kind, 0),)))
     if group == 1:
         questions.extend(_pair_questions(scenes, n, objects, kinds, colours, rng))
     return questions
 
 
 def match_question(scenes: Scenes, n: int, rng: np.random.Generator) -> Question:
-    """"Does this picture show ...?", half of the time with a caption that is wrong in one place."""
+    """ "Does this picture show ...?", half of the time with a caption that is wrong in one place."""
     wrong = rng.random() < 0.5
     other, change = corrupt(scenes, n, rng) if wrong else (scenes.take(slice(n, n + 1)), "")
     # A caption with a plain "and" would be true of a scene whose order alone was changed.
     plain = 0.0 if change in ("swap", "turn") else 0.45
-    caption, _ = draw_caption_and_request(other, 0, rng, colourless=0.0 if wrong else 0.1, plain=plain)
+    caption, request = draw_caption_and_request(other, 0, rng, colourless=0.0 if wrong else 0.1, plain=plain)
     caption = caption.removeprefix("there is ").removeprefix("there are ")
     text = match_text(caption)
     if rng.random() < 0.3:
         text = text.removesuffix(" Answer yes or no.")
-    return Question("match", text, "no" if wrong else "yes")
+    objects = scene_objects(scenes, n)
+    mentions = tuple(
+        (
+            plural(thing.kind) if thing.number > 1 else thing.kind,
+            find_object(objects, thing.kind, thing.colour),
+        )
+        for thing in request.things
+    )
+    return Question("match", text, "no" if wrong else "yes", mentions)
+
+
+def scene_objects(scenes: Scenes, n: int) -> list[tuple[str, str]]:
+    """Kind and colour of every object of scene n."""
+    return [(KINDS[scenes.kind[n, k]], COLOURS[scenes.colour[n, k]]) for k in range(int(scenes.count[n]))]
+
+
+def find_object(objects: list[tuple[str, str]], kind: str | None, colour: str | None) -> int:
+    """The first object of this kind and colour (None = any), -1 = none."""
+    return next(
+        (
+            k
+            for k, (its_kind, its_colour) in enumerate(objects)
+            if kind in (None, its_kind) and colour in (None, its_colour)
+        ),
+        -1,
+    )
 
 
 def match_text(caption: str) -> str:
@@ -226,7 +268,13 @@ def _name(scenes: Scenes, n: int, k: int) -> str:
 
 
 def _pair_caption(
-    scenes: Scenes, n: int, rng: np.random.Generator, opening: str, tail: str, open_colours: bool, plain_share: float
+    scenes: Scenes,
+    n: int,
+    rng: np.random.Generator,
+    opening: str,
+    tail: str,
+    open_colours: bool,
+    plain_share: float,
 ) -> tuple[str, Request]:
     relation = RELATIONS[scenes.relation[n]]
     order = [0, 1]
@@ -237,7 +285,10 @@ def _pair_caption(
             order, relation = [1, 0], OPPOSITE[relation]
     kinds = [KINDS[scenes.kind[n, k]] for k in order]
     colours = [None if open_colours else COLOURS[scenes.colour[n, k]] for k in order]
-    names = [article(kind if colour is None else f"{colour} {kind}") for kind, colour in zip(kinds, colours, strict=True)]
+    names = [
+        article(kind if colour is None else f"{colour} {kind}")
+        for kind, colour in zip(kinds, colours, strict=True)
+    ]
     link = "and" if plain else RELATION_PHRASES[relation][rng.choice(3, p=(0.5, 0.3, 0.2))]
     things = tuple(Thing(kind, colour) for kind, colour in zip(kinds, colours, strict=True))
     request = Request(things, None if plain else relation, BACKGROUNDS[scenes.background[n]])
@@ -252,9 +303,11 @@ def _count_question(objects: list[tuple[str, str]], rng: np.random.Generator) ->
         kind = KINDS[rng.integers(len(KINDS))]
     if rng.random() < 0.5:
         number = sum(k == kind for k, _ in objects)
-        return Question("count", f"how many {plural(kind)} are there?", NUMBERS[number])
+        mentions = ((plural(kind), find_object(objects, kind, None)),)
+        return Question("count", f"how many {plural(kind)} are there?", NUMBERS[number], mentions)
     number = sum((k, c) == (kind, colour) for k, c in objects)
-    return Question("count", f"how many {colour} {plural(kind)} are there?", NUMBERS[number])
+    mentions = ((plural(kind), find_object(objects, kind, colour)),)
+    return Question("count", f"how many {colour} {plural(kind)} are there?", NUMBERS[number], mentions)
 
 
 def _exist_question(objects: list[tuple[str, str]], rng: np.random.Generator) -> Question:
@@ -265,11 +318,13 @@ def _exist_question(objects: list[tuple[str, str]], rng: np.random.Generator) ->
             kind = KINDS[rng.integers(len(KINDS))]
         else:
             colour = COLOURS[rng.integers(len(COLOURS))]
-    if form == 0:
-        return Question("exist", f"is there {article(kind)}?", _yes(any(k == kind for k, _ in objects)))
-    if form == 1:
-        return Question("exist", f"is there something {colour}?", _yes(any(c == colour for _, c in objects)))
-    return Question("exist", f"is there {article(colour + ' ' + kind)}?", _yes((kind, colour) in objects))
+    text, word, wanted = (
+        (f"is there {article(kind)}?", kind, (kind, None)),
+        (f"is there something {colour}?", colour, (None, colour)),
+        (f"is there {article(colour + ' ' + kind)}?", kind, (kind, colour)),
+    )[form]
+    found = find_object(objects, *wanted)
+    return Question("exist", text, _yes(found >= 0), ((word, found),))
 
 
 def _pair_questions(
@@ -291,16 +346,18 @@ def _pair_questions(
     sides = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}
     first = int(rng.integers(2))
     stated = relation if first == 0 else OPPOSITE[relation]
-    where = Question("where", f"where is the {names[first]}?", sides[stated])
+    words = [name.split()[-1] for name in names]
+    where = Question("where", f"where is the {names[first]}?", sides[stated], ((words[first], first),))
     asked = stated if rng.random() < 0.5 else RELATIONS[rng.integers(len(RELATIONS))]
     link = RELATION_PHRASES[asked][rng.choice(3, p=(0.5, 0.3, 0.2))]
     relation_question = Question(
-        "relation", f"is the {names[first]} {link} the {names[1 - first]}?", _yes(asked == stated)
+        "relation",
+        f"is the {names[first]} {link} the {names[1 - first]}?",
+        _yes(asked == stated),
+        ((words[first], first), (words[1 - first], 1 - first)),
     )
     return [where, relation_question]
 
 
 def _yes(right: bool) -> str:
     return "yes" if right else "no"
-
-

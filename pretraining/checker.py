@@ -81,7 +81,10 @@ def check_report(report: Report, request: Request) -> bool:
     orders = ((0, 1), (1, 0))
     return any(
         all(_fits(report.objects[k], thing) for k, thing in zip(order, request.things, strict=True))
-        and (request.relation is None or holds(report.objects[order[0]], request.relation, report.objects[order[1]]))
+        and (
+            request.relation is None
+            or holds(report.objects[order[0]], request.relation, report.objects[order[1]])
+        )
         for order in orders
     )
 
@@ -223,7 +226,9 @@ def _template(kind: str) -> np.ndarray:
             tips.append((length * math.sin(angle), -length * math.cos(angle)))
         xs, ys = [x for x, _ in tips], [y for _, y in tips]
         width, height = max(xs) - min(xs), max(ys) - min(ys)
-        draw.polygon([((x - min(xs)) / width * last, (y - min(ys)) / height * last) for x, y in tips], fill=255)
+        draw.polygon(
+            [((x - min(xs)) / width * last, (y - min(ys)) / height * last) for x, y in tips], fill=255
+        )
     else:
         draw.ellipse((0, 0, last, last), fill=255)
         if kind == "ring":

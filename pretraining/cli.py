@@ -15,13 +15,21 @@ BENCHMARKS = ("geneval", "dpg", "wise")
 
 def add_pretrain(parser: argparse.ArgumentParser) -> None:
     """Arguments of `blip3o pretrain`."""
-    parser.add_argument("stage", choices=(*STAGE_NAMES, "all", "assemble"), help="what to train, or put together")
-    parser.add_argument("--run", type=Path, default=Path("pretraining-run"), help="folder of the run (default: %(default)s)")
+    parser.add_argument(
+        "stage", choices=(*STAGE_NAMES, "all", "assemble"), help="what to train, or put together"
+    )
+    parser.add_argument(
+        "--run", type=Path, default=Path("pretraining-run"), help="folder of the run (default: %(default)s)"
+    )
     parser.add_argument("--config", type=Path, help="YAML file of the stage; default: the embedded model's")
     parser.add_argument("--steps", type=int, help="steps of the stage instead of the configuration's")
-    parser.add_argument("--stop-at", type=int, help="stop after this step with a checkpoint; run again to go on")
+    parser.add_argument(
+        "--stop-at", type=int, help="stop after this step with a checkpoint; run again to go on"
+    )
     parser.add_argument("--seed", type=int, help="seed of weights and batches instead of the configuration's")
-    parser.add_argument("--out", type=Path, help="assemble: the checkpoint folder to write (default: RUN/checkpoint)")
+    parser.add_argument(
+        "--out", type=Path, help="assemble: the checkpoint folder to write (default: RUN/checkpoint)"
+    )
     parser.set_defaults(run_command=run_pretrain)
 
 
@@ -34,10 +42,16 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, default=60, help="scene world: unseen prompts per category")
     parser.add_argument("--scenes", type=int, default=100, help="scene world: unseen pictures")
-    parser.add_argument("--best-of", type=int, default=1, help="pictures per prompt; the model's own yes/no score picks")
+    parser.add_argument(
+        "--best-of", type=int, default=1, help="pictures per prompt; the model's own yes/no score picks"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--benchmark", choices=BENCHMARKS, help="draw a benchmark's pictures instead, for its own scorer")
-    parser.add_argument("--prompt-file", type=Path, help="the benchmark's prompts: jsonl, json, or a folder of txt files")
+    parser.add_argument(
+        "--benchmark", choices=BENCHMARKS, help="draw a benchmark's pictures instead, for its own scorer"
+    )
+    parser.add_argument(
+        "--prompt-file", type=Path, help="the benchmark's prompts: jsonl, json, or a folder of txt files"
+    )
     parser.add_argument("--samples", type=int, default=4, help="benchmark: pictures per prompt")
     parser.add_argument("--shard", default="0/1", help="benchmark: this process draws part k of n, e.g. 0/4")
     parser.set_defaults(run_command=run_eval)

@@ -46,7 +46,9 @@ def folder_samples(folder: Path) -> list[tuple[Path, Path]]:
     return [(path, path.with_suffix(".txt")) for path in pictures]
 
 
-def read_folder(folder: Path, *, seed: int, rank: int = 0, world: int = 1, epochs: int | None = None) -> Iterator[Sample]:
+def read_folder(
+    folder: Path, *, seed: int, rank: int = 0, world: int = 1, epochs: int | None = None
+) -> Iterator[Sample]:
     """Samples of a folder in a new order each epoch; every process gets its share.
 
     Args:
@@ -58,7 +60,9 @@ def read_folder(folder: Path, *, seed: int, rank: int = 0, world: int = 1, epoch
         order = np.random.default_rng((seed, epoch)).permutation(len(pairs))
         for n in order[rank::world]:
             picture, caption = pairs[n]
-            yield Sample(str(picture), _open(picture.read_bytes(), str(picture)), caption.read_text("utf-8").strip())
+            yield Sample(
+                str(picture), _open(picture.read_bytes(), str(picture)), caption.read_text("utf-8").strip()
+            )
         epoch += 1
 
 
@@ -143,4 +147,6 @@ def _open(content: bytes, name: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise TrainingDataError(f'"{name}" is not a picture we can read.\nRemove or replace it. ({error})') from error
+        raise TrainingDataError(
+            f'"{name}" is not a picture we can read.\nRemove or replace it. ({error})'
+        ) from error

@@ -126,7 +126,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             table[category]["single"] = _mean([row["single"] for row in mine])
         parts = {name for row in mine for name in row["loose"]}
         table[category]["loose"] = {
-            name: _mean([row["loose"][name] for row in mine if name in row["loose"]]) for name in sorted(parts)
+            name: _mean([row["loose"][name] for row in mine if name in row["loose"]])
+            for name in sorted(parts)
         }
     overall = {"correct": _mean([entry["correct"] for entry in table.values()])}
     if any("single" in entry for entry in table.values()):
@@ -161,4 +162,3 @@ def _belongs(category: str, request: Request) -> bool:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
-

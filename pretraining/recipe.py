@@ -27,7 +27,14 @@ from .pool import ScenePool, load_pool
 from .scenes import SIDE, Scenes
 from .stages import encoder as encoder_stage
 from .stages import generation as generation_stage
-from .stages.decoder import SCHEDULER_CONFIG, DecoderStage, build_unet, decoder_batches, encode_pool, tiny_unet_config
+from .stages.decoder import (
+    SCHEDULER_CONFIG,
+    DecoderStage,
+    build_unet,
+    decoder_batches,
+    encode_pool,
+    tiny_unet_config,
+)
 from .stages.encoder import EncoderStage, encoder_batches, rescale
 from .stages.generation import GenerationStage, encode_bare_prompt, encode_pool_prompts, generation_batches
 from .stages.understanding import (
@@ -119,9 +126,13 @@ class Recipe:
     def backbone_config(self) -> dict[str, Any]:
         """config.json of the checkpoint."""
         sizes = self.configs["encoder"]["network"]
-        gen_vision = {key: sizes[key] for key in ("width", "layers", "head_width", "image_size", "patch_size")}
+        gen_vision = {
+            key: sizes[key] for key in ("width", "layers", "head_width", "image_size", "patch_size")
+        }
         gen_vision["mlp_ratio"] = sizes["mlp_dim"] / sizes["width"]
-        return backbone_config(BackboneSizes(**self.configs["understanding"]["network"]), self.vocabulary, gen_vision)
+        return backbone_config(
+            BackboneSizes(**self.configs["understanding"]["network"]), self.vocabulary, gen_vision
+        )
 
     def assemble(self, folder: Path) -> Path:
         """Write the checkpoint of all trained stages."""
@@ -135,7 +146,10 @@ class Recipe:
             dit=self.dit(),
             image_encoder=self.image_encoder(),
             decoder=self.decoder(),
-            metadata={"format": "pt", "steps": " ".join(f"{stage}={step}" for stage, step in steps.items() if step)},
+            metadata={
+                "format": "pt",
+                "steps": " ".join(f"{stage}={step}" for stage, step in steps.items() if step),
+            },
         )
 
     def _pool(self, stage: str) -> ScenePool:
@@ -162,7 +176,9 @@ class Recipe:
         channels = self.configs["vae"]["network"]["latent_channels"]
         return tiny_unet_config(width, channels, tuple(network["channels"]), tuple(network["heads"]))
 
-    def _encoder(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+    def _encoder(
+        self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool
+    ) -> tuple[nn.Module, Callable]:
         network = self._new_encoder()
         encoder_stage.initialise(network)
         stage = EncoderStage(network, self.vocabulary.size, config["contrast_weight"])
@@ -174,28 +190,40 @@ class Recipe:
         batches = vae_batches(pool, loop.batch_size, loop.seed, config["crop"], channels, config["full_from"])
         return VaeStage(vae, config["kl_weight"], config["anchor_weight"]), batches
 
-    def _decoder(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+    def _decoder(
+        self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool
+    ) -> tuple[nn.Module, Callable]:
         scaling = self.configs["vae"]["network"]["scaling_factor"]
         name = self._cache_name("decoder")
-        features, latents = encode_pool(pool, self.image_encoder(), self.vae(), scaling, self.folder / "cache", name)
+        features, latents = encode_pool(
+            pool, self.image_encoder(), self.vae(), scaling, self.folder / "cache", name
+        )
         stage = DecoderStage(build_unet(self._unet_config()), SIDE, config["drop"], config["feature_noise"])
         return stage, decoder_batches(features, latents, loop.batch_size, loop.seed, config["drop"])
 
-    def _understanding(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+    def _understanding(
+        self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool
+    ) -> tuple[nn.Module, Callable]:
         stage = self._new_understanding()
         if config["anchor_weight"] > 0:
             earlier = self._new_understanding()
             load_trained(earlier, Path(config["anchor"]))
             stage.set_anchor(earlier.state_dict())
         queries = config["network"]["queries"]
-        return stage, understanding_batches(pool, self.vocabulary, loop.batch_size, config["prompts"], loop.seed, queries)
+        return stage, understanding_batches(
+            pool, self.vocabulary, loop.batch_size, config["prompts"], loop.seed, queries
+        )
 
-    def _generation(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+    def _generation(
+        self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool
+    ) -> tuple[nn.Module, Callable]:
         dit = self._new_dit(config)
         generation_stage.initialise(dit)
         return GenerationStage(dit), self._generation_batches(config, loop, pool, "generation")
 
-    def _tuning(self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool) -> tuple[nn.Module, Callable]:
+    def _tuning(
+        self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool
+    ) -> tuple[nn.Module, Callable]:
         stage = GenerationStage(self._new_dit(config))
         self._load(stage, "generation")
         return stage, self._generation_batches(config, loop, pool, "tuning")
@@ -207,11 +235,21 @@ class Recipe:
         name, cache = self._cache_name(stage), self.folder / "cache"
         features, _ = encode_pool(pool, self.image_encoder(), None, 1.0, cache, name)
         prompts = encode_pool_prompts(
-            understanding, self.vocabulary, pool, cache / f"conditioning_{name}_{self._step('understanding')}.npy", 0
+            understanding,
+            self.vocabulary,
+            pool,
+            cache / f"conditioning_{name}_{self._step('understanding')}.npy",
+            0,
         )
         bare = encode_bare_prompt(understanding, self.vocabulary).numpy()
         return generation_batches(
-            features, [prompts], loop.batch_size, loop.seed, config["drop"], bare=bare, bare_share=config["bare_share"]
+            features,
+            [prompts],
+            loop.batch_size,
+            loop.seed,
+            config["drop"],
+            bare=bare,
+            bare_share=config["bare_share"],
         )
 
     def caption_ids(self, scenes: Scenes, step: int) -> Tensor:
@@ -246,7 +284,9 @@ def read_config(path: Path) -> dict[str, Any]:
         BadInputError: it names no stage.
     """
     if not path.is_file():
-        raise MissingFilesError(f'There is no configuration "{path}".\nGive the path of a YAML file with a stage in it.')
+        raise MissingFilesError(
+            f'There is no configuration "{path}".\nGive the path of a YAML file with a stage in it.'
+        )
     config = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(config, dict) or config.get("stage") not in STAGES:
         raise BadInputError(f'"{path}" names no stage: expected "stage:" with one of {", ".join(STAGES)}.')

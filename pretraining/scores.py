@@ -41,7 +41,11 @@ def score_questions(
     asked = [
         (n, question)
         for n in range(scenes_number)
-        for question in [describe_question(scenes, n, rng), match_question(scenes, n, rng), *draw_questions(scenes, n, rng)]
+        for question in [
+            describe_question(scenes, n, rng),
+            match_question(scenes, n, rng),
+            *draw_questions(scenes, n, rng),
+        ]
     ]
     right: dict[str, list[bool]] = {}
     settings = AnswerSettings(max_new_tokens=LONGEST_ANSWER)
@@ -52,7 +56,10 @@ def score_questions(
             right.setdefault(question.type, []).append(answer.strip().lower() == question.answer)
         if on_progress is not None:
             on_progress("questions", min(start + QUESTION_BATCH, len(asked)), len(asked))
-    types = {name: {"correct": float(np.mean(values)), "questions": len(values)} for name, values in sorted(right.items())}
+    types = {
+        name: {"correct": float(np.mean(values)), "questions": len(values)}
+        for name, values in sorted(right.items())
+    }
     every = [value for values in right.values() for value in values]
     return {"types": types, "overall": float(np.mean(every)), "questions": len(every)}
 
@@ -78,7 +85,9 @@ def score_reconstruction(
             on_progress("reconstructions", min(start + 16, scenes_number), scenes_number)
     every = [value for values in same.values() for value in values]
     psnr = float(10 * np.log10(255**2 / np.mean(errors)))
-    groups = {name: {"correct": float(np.mean(values)), "pictures": len(values)} for name, values in same.items()}
+    groups = {
+        name: {"correct": float(np.mean(values)), "pictures": len(values)} for name, values in same.items()
+    }
     return {"groups": groups, "overall": float(np.mean(every)), "psnr": psnr, "pictures": len(every)}, pairs
 
 
@@ -115,7 +124,11 @@ def evaluate(
         rows = []
         for number, category in enumerate(CATEGORIES):
             rows += score_prompts(
-                pipeline, category_prompts(category, prompts, seed), seed=seed + 1000, preset=preset, best_of=best_of
+                pipeline,
+                category_prompts(category, prompts, seed),
+                seed=seed + 1000,
+                preset=preset,
+                best_of=best_of,
             )
             if on_progress is not None:
                 on_progress("prompts", number + 1, len(CATEGORIES))
@@ -123,12 +136,18 @@ def evaluate(
         result["pictures"] = [{k: v for k, v in row.items() if k != "image"} for row in rows]
         shown = [row["image"] for category in CATEGORIES for row in rows if row["category"] == category]
         per_category = len(rows) // len(CATEGORIES)
-        firsts = [shown[c * per_category + n] for c in range(len(CATEGORIES)) for n in range(min(GRID_COLUMNS, per_category))]
+        firsts = [
+            shown[c * per_category + n]
+            for c in range(len(CATEGORIES))
+            for n in range(min(GRID_COLUMNS, per_category))
+        ]
         picture_grid(firsts, min(GRID_COLUMNS, per_category)).save(folder / "prompts.png")
     if "questions" in parts:
         result["questions"] = score_questions(pipeline, scenes, seed + 1, on_progress)
     if "reconstruction" in parts:
-        result["reconstruction"], pairs = score_reconstruction(pipeline, scenes, seed + 2, preset, on_progress)
+        result["reconstruction"], pairs = score_reconstruction(
+            pipeline, scenes, seed + 2, preset, on_progress
+        )
         picture_grid(pairs[: 2 * GRID_COLUMNS * 4], GRID_COLUMNS).save(folder / "reconstruction.png")
     result["minutes"] = round((time.monotonic() - started) / 60, 1)
     _write(folder / "scores.json", json.dumps(result, indent=2))
@@ -142,29 +161,41 @@ def to_markdown(result: dict[str, Any]) -> str:
     if "prompts" in result:
         best = result["best_of"] > 1
         lines += [
-            f"Preset {result['preset']}, seed {result['seed']}" + (f", best of {result['best_of']}" if best else "") + ".",
+            f"Preset {result['preset']}, seed {result['seed']}"
+            + (f", best of {result['best_of']}" if best else "")
+            + ".",
             "",
             "| category | prompts | correct |" + (" first picture alone |" if best else ""),
             "|---|---|---|" + ("---|" if best else ""),
         ]
         for name, entry in result["prompts"]["categories"].items():
             lines.append(
-                f"| {name} | {entry['prompts']} | {entry['correct']:.3f} |" + (f" {entry['single']:.3f} |" if best else "")
+                f"| {name} | {entry['prompts']} | {entry['correct']:.3f} |"
+                + (f" {entry['single']:.3f} |" if best else "")
             )
         overall = result["prompts"]["overall"]
-        lines.append(f"| **overall** | | **{overall['correct']:.3f}** |" + (f" {overall['single']:.3f} |" if best else ""))
+        lines.append(
+            f"| **overall** | | **{overall['correct']:.3f}** |"
+            + (f" {overall['single']:.3f} |" if best else "")
+        )
         lines.append("")
     if "questions" in result:
         lines += ["| question type | questions | correct |", "|---|---|---|"]
         for name, entry in result["questions"]["types"].items():
             lines.append(f"| {name} | {entry['questions']} | {entry['correct']:.3f} |")
-        lines += [f"| **all** | {result['questions']['questions']} | **{result['questions']['overall']:.3f}** |", ""]
+        lines += [
+            f"| **all** | {result['questions']['questions']} | **{result['questions']['overall']:.3f}** |",
+            "",
+        ]
     if "reconstruction" in result:
         entry = result["reconstruction"]
         lines += ["| reconstruction | pictures | same scene |", "|---|---|---|"]
         for name, group in entry["groups"].items():
             lines.append(f"| {name} | {group['pictures']} | {group['correct']:.3f} |")
-        lines += [f"| **all** ({entry['psnr']:.1f} dB) | {entry['pictures']} | **{entry['overall']:.3f}** |", ""]
+        lines += [
+            f"| **all** ({entry['psnr']:.1f} dB) | {entry['pictures']} | **{entry['overall']:.3f}** |",
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -24,7 +24,15 @@ are yes no reconstruct given scene with next beside side by
 
 def words() -> list[str]:
     """Every plain word, each once, in a fixed order."""
-    found = [*PLAIN_WORDS, *KINDS, *(captions.plural(k) for k in KINDS), *COLOURS, *BACKGROUNDS, *SIZES, *captions.NUMBERS]
+    found = [
+        *PLAIN_WORDS,
+        *KINDS,
+        *(captions.plural(k) for k in KINDS),
+        *COLOURS,
+        *BACKGROUNDS,
+        *SIZES,
+        *captions.NUMBERS,
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -35,8 +43,12 @@ def build_tokenizer() -> Any:
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *words()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    )
     return tokenizer
 
 
@@ -74,4 +86,7 @@ class WordIds:
         self._pieces = re.compile("|".join(re.escape(t) for t in SPECIAL_TOKENS) + r"|\w+|[^\w\s]")
 
     def __call__(self, text: str) -> list[int]:
-        return [self.ids.get(piece, self.ids.get(piece.lower(), self.unknown)) for piece in self._pieces.findall(text)]
+        return [
+            self.ids.get(piece, self.ids.get(piece.lower(), self.unknown))
+            for piece in self._pieces.findall(text)
+        ]

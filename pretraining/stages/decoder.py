@@ -45,7 +45,10 @@ class DecoderStage(nn.Module):
         self.drop = drop
         self.feature_noise = feature_noise
         betas = torch.linspace(
-            SCHEDULER_CONFIG["beta_start"] ** 0.5, SCHEDULER_CONFIG["beta_end"] ** 0.5, 1000, dtype=torch.float64
+            SCHEDULER_CONFIG["beta_start"] ** 0.5,
+            SCHEDULER_CONFIG["beta_end"] ** 0.5,
+            1000,
+            dtype=torch.float64,
         )
         self.register_buffer("signal", (1 - betas**2).cumprod(0).float())
         self.register_buffer("time_ids", torch.tensor([*SIZES, side, side]).float())
@@ -58,7 +61,9 @@ class DecoderStage(nn.Module):
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         velocity = signal.sqrt() * noise - (1 - signal).sqrt() * latents
         added = {"text_embeds": features.mean(1), "time_ids": self.time_ids.expand(len(features), -1)}
-        guess = self.unet(noisy, batch["timestep"], encoder_hidden_states=features, added_cond_kwargs=added).sample
+        guess = self.unet(
+            noisy, batch["timestep"], encoder_hidden_states=features, added_cond_kwargs=added
+        ).sample
         loss = (guess - velocity).square().mean()
         return loss, {}
 
@@ -70,7 +75,9 @@ def build_unet(config: dict[str, Any]) -> nn.Module:
     return UNet2DConditionModel(**config)
 
 
-def tiny_unet_config(feature_width: int, latent_channels: int, channels: tuple[int, int], heads: tuple[int, int]) -> dict[str, Any]:
+def tiny_unet_config(
+    feature_width: int, latent_channels: int, channels: tuple[int, int], heads: tuple[int, int]
+) -> dict[str, Any]:
     """Two levels, cross attention at the lower one, where latents and features lie on the same 8 x 8 grid."""
     return {
         "sample_size": 16,
@@ -96,7 +103,10 @@ def encode_pool(
     pool: ScenePool, encoder: nn.Module, vae: nn.Module | None, scaling: float, folder: Path, name: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Image features (N, T, W) and scaled latents (N, c, 16, 16) of all pictures, float16, kept in `folder`."""
-    paths = [folder / f"{part}_{name}.npy" for part in (("features", "latents") if vae is not None else ("features",))]
+    paths = [
+        folder / f"{part}_{name}.npy"
+        for part in (("features", "latents") if vae is not None else ("features",))
+    ]
     if not all(path.is_file() for path in paths):
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
         features, latents = [], []

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...blip3o_core.images import CLIP_MEAN, CLIP_STD
 from ...blip3o_core.models.eva_clip import EvaClip
 from ..pool import ScenePool, rows_of_step
-from ..scenes import COLOURS, KINDS, SIDE, Scenes
+from ..scenes import SIDE, Scenes
 from ..trainer import Batch
 
 GRID = 8
@@ -78,7 +78,9 @@ def semantic_code(scenes: Scenes, coverage: np.ndarray) -> np.ndarray:
     code[..., 15] = PRESENCE_SCALE * np.where(there, 1.0, -1.0)
     code[..., 16] = GROUND_SCALE * (1.0 - 2.0 * scenes.background)[:, None]
     cover = coverage.astype(np.float32).reshape(number, GRID, 4, GRID, 4) / 255
-    code[..., CODE_SLICES["cover"]] = COVER_SCALE * cover.transpose(0, 1, 3, 2, 4).reshape(number, GRID * GRID, 16)
+    code[..., CODE_SLICES["cover"]] = COVER_SCALE * cover.transpose(0, 1, 3, 2, 4).reshape(
+        number, GRID * GRID, 16
+    )
     code[..., CODE_SLICES["place"]] = PLACE_SCALE * place_code()[None]
     return code
 
@@ -106,7 +108,9 @@ def initialise(encoder: EvaClip) -> None:
         elif isinstance(module, nn.LayerNorm):
             nn.init.constant_(module.weight, 0.25)
     angle = (torch.arange(GRID) + 0.5) / GRID * math.pi
-    waves = torch.cat([f(k * angle)[:, None] for k in range(1, width // 4 + 1) for f in (torch.cos, torch.sin)], dim=1)
+    waves = torch.cat(
+        [f(k * angle)[:, None] for k in range(1, width // 4 + 1) for f in (torch.cos, torch.sin)], dim=1
+    )
     waves = waves[:, : width // 2]
     places = torch.cat([waves.repeat(GRID, 1), waves.repeat_interleave(GRID, dim=0)], dim=1)
     with torch.no_grad():
@@ -121,7 +125,9 @@ class TextTower(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.place = nn.Parameter(0.1 * torch.randn(length, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -175,7 +181,9 @@ class EncoderStage(nn.Module):
         text = F.normalize(self.text(batch["ids"]), dim=-1)
         logits = self.scale.exp().clamp(max=50.0) * image @ text.T
         # Equal captions are no negatives of each other.
-        same = (batch["ids"][:, None] == batch["ids"][None]).all(-1) & ~torch.eye(len(logits), dtype=torch.bool)
+        same = (batch["ids"][:, None] == batch["ids"][None]).all(-1) & ~torch.eye(
+            len(logits), dtype=torch.bool
+        )
         logits = logits.masked_fill(same, -30.0)
         target = torch.arange(len(logits))
         contrast = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
@@ -223,7 +231,12 @@ def rescale(encoder: EvaClip, factor: float) -> None:
 
     Everything that writes to the token stream is multiplied, everything that reads it is divided.
     """
-    for parameter in (encoder.cls_token, encoder.pos_embed, encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias):
+    for parameter in (
+        encoder.cls_token,
+        encoder.pos_embed,
+        encoder.patch_embed.proj.weight,
+        encoder.patch_embed.proj.bias,
+    ):
         parameter.mul_(factor)
     for block in encoder.blocks:
         for norm in (block.norm1, block.norm2):

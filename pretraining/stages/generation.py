@@ -34,7 +34,9 @@ class GenerationStage(nn.Module):
         features = to_grid(batch["features"], (GRID, GRID))
         noise = to_grid(batch["noise"], (GRID, GRID))
         sigma = training_sigma(batch["index"])
-        guess = self.dit(mix(features, noise, sigma), sigma * TRAIN_TIMESTEPS, batch["conditioning"] * batch["keep"])
+        guess = self.dit(
+            mix(features, noise, sigma), sigma * TRAIN_TIMESTEPS, batch["conditioning"] * batch["keep"]
+        )
         error = (guess - target_velocity(features, noise)).square().mean(dim=(1, 2, 3))
         early = sigma > 0.7
         return error.mean(), {"early": (error * early).sum() / early.sum().clamp(min=1)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...blip3o_core.images import CLIP_MEAN, CLIP_STD
+from ...blip3o_core.prompts import IMAGE_PAD, VISION_END, Message, chat_text, generation_text
 from ..captions import (
     Question,
     canonical_caption,
+    caption_is_held_out,
     describe_question,
     draw_caption_and_request,
-    caption_is_held_out,
     draw_questions,
     match_question,
 )
@@ -42,11 +43,20 @@ from .encoder import CODE_SLICES, CODE_WIDTH, GRID, owners, semantic_code
 PATCH = 16
 MERGE = 2
 PICTURE_TOKENS = (GRID // MERGE) ** 2
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-DRAW = SYSTEM + "Please generate image based on the following caption: {}<|im_end|>\n<|im_start|>assistant\n"
-ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
-TYPE_WEIGHTS = {"describe": 2.0, "match": 1.5, "relation": 1.5, "where": 1.5, "exist": 1.5, "count": 1.3, "draw": 1.0}
+# A chat with one picture and no words, cut where the picture's tokens and where the question go.
+BEFORE_PICTURE, _REST = chat_text([Message("user", "", images=1)]).split(IMAGE_PAD)
+ANSWER = _REST.removeprefix(VISION_END)
+TYPE_WEIGHTS = {
+    "describe": 2.0,
+    "match": 1.5,
+    "relation": 1.5,
+    "where": 1.5,
+    "exist": 1.5,
+    "count": 1.3,
+    "draw": 1.0,
+}
 OTHER_QUESTIONS = 4
+MENTION_WIDTH = 15
 
 
 @dataclass
@@ -144,7 +154,9 @@ def build_backbone(config: dict[str, Any]) -> nn.Module:
         "max_position_embeddings max_window_layers rms_norm_eps rope_theta rope_scaling attention_dropout "
         "use_sliding_window tie_word_embeddings bos_token_id pad_token_id eos_token_id"
     ).split()
-    top_keys = "image_token_id video_token_id vision_start_token_id vision_end_token_id tie_word_embeddings".split()
+    top_keys = (
+        "image_token_id video_token_id vision_start_token_id vision_end_token_id tie_word_embeddings".split()
+    )
     text = {key: config[key] for key in text_keys}
     vision = {key: value for key, value in config["vision_config"].items() if key != "model_type"}
     model = Qwen2_5_VLForConditionalGeneration(
@@ -163,13 +175,16 @@ def build_backbone(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def encode_text(model: nn.Module, embeddings: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+def encode_text(
+    model: nn.Module, embeddings: Tensor, positions: Tensor, mask: Tensor, states: list[Tensor] | None = None
+) -> Tensor:
     """The text model on ready embeddings, with any attention pattern; a batched twin of transformers' own forward.
 
     Args:
         embeddings: (B, L, C).
         positions: M-RoPE positions, (3, B, L).
         mask: True where row i may look at column j, (B, L, L).
+        states: gets the hidden states after each layer.
 
     Returns:
         Hidden states after the final norm, (B, L, C).
@@ -192,6 +207,8 @@ def encode_text(model: nn.Module, embeddings: Tensor, positions: Tensor, mask: T
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         hidden_states = hidden_states + attention.o_proj(attended.transpose(1, 2).flatten(2))
         hidden_states = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+        if states is not None:
+            states.append(hidden_states)
     return text.norm(hidden_states)
 
 
@@ -219,7 +236,9 @@ def encode_picture(model: nn.Module, pixels: Tensor) -> tuple[Tensor, list[Tenso
         states.append(hidden_states)
     normed = visual.merger.ln_q(hidden_states)
     half = GRID // MERGE
-    normed = normed.reshape(batch, half, MERGE, half, MERGE, -1).transpose(2, 3).reshape(batch, half * half, -1)
+    normed = (
+        normed.reshape(batch, half, MERGE, half, MERGE, -1).transpose(2, 3).reshape(batch, half * half, -1)
+    )
     return visual.merger.mlp(normed), states
 
 
@@ -231,7 +250,9 @@ class UnderstandingStage(nn.Module):
             already reads them need not be trained again while answers still improve.
     """
 
-    def __init__(self, backbone: nn.Module, vocabulary: WordIds, queries: int, anchor_weight: float = 0.0) -> None:
+    def __init__(
+        self, backbone: nn.Module, vocabulary: WordIds, queries: int, anchor_weight: float = 0.0
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         hidden = backbone.model.language_model.config.hidden_size
@@ -240,8 +261,15 @@ class UnderstandingStage(nn.Module):
         self.visual_heads = nn.ModuleList([nn.Linear(visual_hidden, CODE_WIDTH) for _ in range(2)])
         self.merged_head = nn.Linear(hidden, MERGE**2 * CODE_WIDTH)
         self.layout_head = nn.Linear(hidden, CODE_WIDTH)
-        self.register_buffer("kind_words", torch.tensor([vocabulary.ids[kind] for kind in KINDS]), persistent=False)
-        self.register_buffer("colour_words", torch.tensor([vocabulary.ids[c] for c in COLOURS]), persistent=False)
+        self.mention_heads = nn.ModuleList(
+            [nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, MENTION_WIDTH)) for _ in range(2)]
+        )
+        self.register_buffer(
+            "kind_words", torch.tensor([vocabulary.ids[kind] for kind in KINDS]), persistent=False
+        )
+        self.register_buffer(
+            "colour_words", torch.tensor([vocabulary.ids[c] for c in COLOURS]), persistent=False
+        )
         self.anchor_weight = anchor_weight
         self._anchor: list[nn.Module] = []  # a list hides it from state_dict and parameters
         self.picture_token = vocabulary.ids["<|image_pad|>"]
@@ -254,14 +282,17 @@ class UnderstandingStage(nn.Module):
         prompt_loss, more = self.prompt_loss(batch)
         return picture_loss + prompt_loss, {**numbers, **more}
 
-    def picture_states(self, batch: Batch) -> tuple[Tensor, list[Tensor], Tensor]:
+    def picture_states(
+        self, batch: Batch, text_states: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Hidden states of the picture rows, of the vision tower's blocks, and the merged picture tokens."""
         merged, states = encode_picture(self.backbone, (batch["pixels"] - self.mean) / self.std)
         ids = batch["picture_ids"]
         embeddings = self.backbone.model.language_model.embed_tokens(ids)
         embeddings = embeddings.masked_scatter((ids == self.picture_token)[..., None], merged)
         positions = batch["picture_positions"].permute(1, 0, 2)
-        return encode_text(self.backbone, embeddings, positions, branch_mask(batch["picture_branch"])), states, merged
+        mask = branch_mask(batch["picture_branch"])
+        return encode_text(self.backbone, embeddings, positions, mask, text_states), states, merged
 
     def prompt_states(self, batch: Batch) -> Tensor:
         """Hidden states of the rows that hold a prompt to draw."""
@@ -273,7 +304,8 @@ class UnderstandingStage(nn.Module):
         return encode_text(self.backbone, embeddings, positions, branch_mask(batch["prompt_branch"]))
 
     def picture_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_states, states, merged = self.picture_states(batch)
+        text_states: list[Tensor] = []
+        hidden_states, states, merged = self.picture_states(batch, text_states)
         words = self._word_loss(hidden_states, batch["picture_targets"], batch["picture_weights"])
         code = batch["code"]
         helper = words.new_zeros(())
@@ -282,7 +314,29 @@ class UnderstandingStage(nn.Module):
             helper = helper + 0.5 * (guess - code).square().mean() + 0.3 * _kind_loss(guess, batch["kind"])
         helper = helper + 0.5 * (self.merged_head(merged) - merge_cells(code)).square().mean()
         named = self._naming_loss(merged, batch)
-        return words + helper + 0.3 * named, {"answers": words, "visual": helper, "naming": named}
+        mentioned = sum(
+            self._mention_loss(head(state), batch)
+            for head, state in zip(self.mention_heads, text_states[-3:-1], strict=True)
+        )
+        loss = words + helper + 0.3 * named + 0.3 * mentioned
+        return loss, {"answers": words, "visual": helper, "naming": named, "mentions": mentioned}
+
+    def _mention_loss(self, guess: Tensor, batch: Batch) -> Tensor:
+        """Words that name an object know, two layers before the end, whether it is there, what and where it is."""
+        target = batch[
+            "picture_mentions"
+        ]  # (B, L, MENTION_WIDTH); the first is 0 = no mention, 1 = there, -1 = not
+        mentioned = target[..., 0] != 0
+        guess, target = guess[mentioned], target[mentioned]
+        there = target[:, 0] > 0
+        loss = F.binary_cross_entropy_with_logits(guess[:, 0], there.float())
+        guess, target = guess[there], target[there]
+        loss = (
+            loss
+            + F.cross_entropy(guess[:, 1:7], target[:, 1:7])
+            + F.cross_entropy(guess[:, 7:13], target[:, 7:13])
+        )
+        return loss + 2 * (guess[:, 13:] - target[:, 13:]).square().mean()
 
     def _naming_loss(self, merged: Tensor, batch: Batch) -> Tensor:
         """Picture tokens lie near the embeddings of the words for what they show.
@@ -359,21 +413,34 @@ class Rows:
         """Start a row; `positions` are (3, l)."""
         self.start = next_position
         self.row = {"ids": list(ids), "positions": [positions], "branch": [0] * len(ids)}
-        self.row.update(targets=[0] * len(ids), weights=[0.0] * len(ids), number=1)
+        self.row.update(targets=[0] * len(ids), weights=[0.0] * len(ids), number=1, mentions=[])
         self.rows.append(self.row)
 
-    def branch(self, asked: list[int], answer: list[int], weight: float) -> None:
-        """Add a branch whose `answer` is to be learned with this total weight."""
+    def branch(
+        self,
+        asked: list[int],
+        answer: list[int],
+        weight: float,
+        mentions: Sequence[tuple[int, np.ndarray]] = (),
+    ) -> None:
+        """Add a branch whose `answer` is to be learned with this total weight.
+
+        Args:
+            mentions: token ids in `asked` that name objects, in order, each with what to know there (MENTION_WIDTH,).
+        """
         ids = asked + answer
-        place = np.arange(self.start, self.start + len(ids))
+        after = 0
+        for token, known in mentions:
+            after = asked.index(token, after) + 1
+            self.row["mentions"].append((len(self.row["ids"]) + after - 1, known))
+        positions = np.arange(self.start, self.start + len(ids))
         first = len(asked) - 1
         targets, weights = [0] * len(ids), [0.0] * len(ids)
-        for k, token in enumerate(answer[: len(answer)]):
-            if first + k >= 0:
-                targets[first + k], weights[first + k] = token, weight / len(answer)
+        for k, token in enumerate(answer):
+            targets[first + k], weights[first + k] = token, weight / len(answer)
         row = self.row
         row["ids"] += ids
-        row["positions"].append(np.stack([place] * 3))
+        row["positions"].append(np.stack([positions] * 3))
         row["branch"] += [row["number"]] * len(ids)
         row["targets"] += targets
         row["weights"] += weights
@@ -383,7 +450,12 @@ class Rows:
         """Padded on the right: ids, branch, targets, weights (B, L) and positions (B, 3, L)."""
         longest = max(len(row["ids"]) for row in self.rows)
         filled = {}
-        for name, empty, kind in (("ids", 0, np.int64), ("branch", -1, np.int64), ("targets", 0, np.int64), ("weights", 0, np.float32)):
+        for name, empty, kind in (
+            ("ids", 0, np.int64),
+            ("branch", -1, np.int64),
+            ("targets", 0, np.int64),
+            ("weights", 0, np.float32),
+        ):
             array = np.full((len(self.rows), longest), empty, dtype=kind)
             for n, row in enumerate(self.rows):
                 array[n, : len(row[name])] = row[name]
@@ -393,13 +465,18 @@ class Rows:
             joined = np.concatenate(row["positions"], axis=1)
             positions[n, :, : joined.shape[1]] = joined
         filled[f"{prefix}_positions"] = torch.from_numpy(positions)
+        known = np.zeros((len(self.rows), longest, MENTION_WIDTH), dtype=np.float32)
+        for n, row in enumerate(self.rows):
+            for column, values in row["mentions"]:
+                known[n, column] = values
+        filled[f"{prefix}_mentions"] = torch.from_numpy(known)
         return filled
 
 
 def picture_start(vocabulary: WordIds) -> tuple[list[int], np.ndarray, int]:
     """Chat beginning with a picture: ids, their M-RoPE positions (3, l), and the next free position."""
-    before = vocabulary(SYSTEM + "<|vision_start|>")
-    ids = before + [vocabulary.ids["<|image_pad|>"]] * PICTURE_TOKENS + [vocabulary.ids["<|vision_end|>"]]
+    before = vocabulary(BEFORE_PICTURE)
+    ids = before + [vocabulary.ids["<|image_pad|>"]] * PICTURE_TOKENS + [vocabulary.ids[VISION_END]]
     start, side = len(before), GRID // MERGE
     grid = np.stack(
         [np.zeros(PICTURE_TOKENS), np.repeat(np.arange(side), side), np.tile(np.arange(side), side)]
@@ -410,18 +487,37 @@ def picture_start(vocabulary: WordIds) -> tuple[list[int], np.ndarray, int]:
     return ids, positions, start + side + 1
 
 
-def question_rows(vocabulary: WordIds, questions: list[list[Question]]) -> Rows:
-    """One row per picture with all its questions as branches."""
+def question_rows(vocabulary: WordIds, questions: list[list[Question]], scenes: Scenes | None = None) -> Rows:
+    """One row per picture with all its questions as branches.
+
+    Args:
+        scenes: what the pictures show, to learn what mentioned objects are.
+    """
     rows = Rows()
     ids, positions, following = picture_start(vocabulary)
     end = [vocabulary.ids["<|im_end|>"]]
-    for asked in questions:
+    for n, asked in enumerate(questions):
         rows.begin(ids, positions, following)
         for question in asked:
+            mentions = []
+            if scenes is not None:
+                mentions = [(vocabulary.ids[word], known_of(scenes, n, k)) for word, k in question.mentions]
+            weight = TYPE_WEIGHTS.get(question.type, 1.0)
             rows.branch(
-                vocabulary(question.text + ANSWER), vocabulary(question.answer) + end, TYPE_WEIGHTS.get(question.type, 1.0)
+                vocabulary(question.text + ANSWER), vocabulary(question.answer) + end, weight, mentions
             )
     return rows
+
+
+def known_of(scenes: Scenes, n: int, k: int) -> np.ndarray:
+    """What a word that names object k of scene n should know: there or not, kind, colour, place (MENTION_WIDTH,)."""
+    known = np.zeros(MENTION_WIDTH, dtype=np.float32)
+    known[0] = 1.0 if k >= 0 else -1.0
+    if k >= 0:
+        known[1 + scenes.kind[n, k]] = 1.0
+        known[7 + scenes.colour[n, k]] = 1.0
+        known[13:] = (scenes.x[n, k] / 64 - 1, scenes.y[n, k] / 64 - 1)
+    return known
 
 
 def prompt_rows(vocabulary: WordIds, prompts: list[str], answers: list[str | None], queries: int) -> Rows:
@@ -430,7 +526,7 @@ def prompt_rows(vocabulary: WordIds, prompts: list[str], answers: list[str | Non
     end = [vocabulary.ids["<|im_end|>"]]
     behind = [vocabulary.ids["[IMG]"]] + [vocabulary.ids["[/IMG]"]] * queries
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = vocabulary(DRAW.format(prompt))
+        ids = vocabulary(generation_text(prompt))
         rows.begin(ids[:-1], np.stack([np.arange(len(ids) - 1)] * 3), len(ids) - 1)
         if answer is not None:
             rows.branch(ids[-1:], vocabulary(answer) + end, TYPE_WEIGHTS["draw"])
@@ -442,7 +538,12 @@ def pick_questions(scenes: Scenes, n: int, rng: np.random.Generator) -> list[Que
     """A description, two matches and a few others."""
     others = draw_questions(scenes, n, rng)
     chosen = [others[k] for k in rng.permutation(len(others))[:OTHER_QUESTIONS]]
-    return [describe_question(scenes, n, rng), match_question(scenes, n, rng), match_question(scenes, n, rng), *chosen]
+    return [
+        describe_question(scenes, n, rng),
+        match_question(scenes, n, rng),
+        match_question(scenes, n, rng),
+        *chosen,
+    ]
 
 
 def layout_targets(scenes: Scenes) -> tuple[np.ndarray, np.ndarray]:
@@ -461,7 +562,9 @@ def of_cells(scenes: Scenes, values: np.ndarray) -> np.ndarray:
     return np.where(owner >= 0, values[np.arange(len(scenes))[:, None], owner], -1)
 
 
-def draw_prompt(scenes: Scenes, n: int, rng: np.random.Generator, *, held_out: bool = False) -> tuple[str, bool]:
+def draw_prompt(
+    scenes: Scenes, n: int, rng: np.random.Generator, *, held_out: bool = False
+) -> tuple[str, bool]:
     """A prompt for scene n in a wording of the wanted side, and whether it leaves the colours open."""
     for _ in range(50):
         caption, request = draw_caption_and_request(scenes, n, rng)
@@ -475,7 +578,9 @@ def prompt_batch(
 ) -> Batch:
     """Prompts to draw with their descriptions and layouts."""
     drawn = [draw_prompt(scenes, n, rng, held_out=held_out) for n in range(len(scenes))]
-    answers = [None if open_colours else canonical_caption(scenes, n) for n, (_, open_colours) in enumerate(drawn)]
+    answers = [
+        None if open_colours else canonical_caption(scenes, n) for n, (_, open_colours) in enumerate(drawn)
+    ]
     layout, kind = layout_targets(scenes)
     weight = np.ones((len(scenes), 1, CODE_WIDTH), dtype=np.float32)
     weight[:, :, CODE_SLICES["cover"]] = 0
@@ -506,7 +611,7 @@ def understanding_batches(
             "code": torch.from_numpy(semantic_code(scenes, pool.coverage[rows])),
             "kind": torch.from_numpy(of_cells(scenes, scenes.kind)),
             "colour": torch.from_numpy(of_cells(scenes, scenes.colour)),
-            **question_rows(vocabulary, questions).tensors("picture"),
+            **question_rows(vocabulary, questions, scenes).tensors("picture"),
             **prompt_batch(vocabulary, prompt_scenes, rng, queries),
         }
 
