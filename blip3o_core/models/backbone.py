@@ -54,7 +54,11 @@ def text_config(config: dict[str, Any], vocab_size: int) -> Any:
     """transformers' text configuration from a published config.json, flat or with a nested `text_config`."""
     source = config.get("text_config") or config
     fields = {name: source[name] for name in TEXT_FIELDS if source.get(name) is not None}
-    return TEXT_CONFIG(vocab_size=vocab_size, use_sliding_window=False, tie_word_embeddings=False, **fields)
+    # Special tokens are looked up in the checkpoint's tokenizer; the library's defaults may lie outside the vocabulary.
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return TEXT_CONFIG(
+        vocab_size=vocab_size, use_sliding_window=False, tie_word_embeddings=False, **special, **fields
+    )
 
 
 def vision_config(config: dict[str, Any]) -> Any:
