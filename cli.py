@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments) or 0
     except Blip3oError as error:
         print(error, file=sys.stderr)
+        return EXIT_ERROR
+    except OSError as error:
+        print(
+            f"A file cannot be read or written: {error}.\nCheck the path, its permissions and the free space.",
+            file=sys.stderr,
+        )
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
@@ -270,7 +277,13 @@ def run_generate(arguments: argparse.Namespace) -> None:
     from .blip3o_core.images import load_image
     from .blip3o_core.metadata import read_description
 
+    _check_target(arguments.out)
     like = read_description(arguments.like) if arguments.like else {}
+    if like and not like.get("prompt") and not arguments.prompt:
+        raise BadInputError(
+            f'"{arguments.like}" was drawn from another picture without a prompt.\n'
+            "Use blip3o vary with that picture, or write a prompt."
+        )
     prompts = arguments.prompt or ([like["prompt"]] if like.get("prompt") else [])
     if not prompts:
         raise BadInputError(
@@ -279,6 +292,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     pixel_negative = _given(arguments.pixel_negative, like.get("pixel_negative", " "))
     pipeline = _open_pipeline(arguments)
     _warn_of_other_checkpoint(pipeline, like)
+    _warn_of_missing_pictures(arguments, like)
     in_prompt = [load_image(path) for path in arguments.image]
     start = [load_image(arguments.start_image)] if arguments.start_image else None
     features, pixels = _settings(arguments, like)
@@ -296,6 +310,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
             pixels=pixels,
             negative_prompt=_given(arguments.negative, like.get("negative_prompt")),
             pixel_negative=None if pixel_negative == "zeros" else pixel_negative,
+            pixel_negative_seed=like.get("pixel_negative_seed", 0),
             start_images=start,
             strength=_given(arguments.strength, like.get("strength", 1.0) if start else 1.0),
             batch_size=arguments.batch_size,
@@ -307,6 +322,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 def run_vary(arguments: argparse.Namespace) -> None:
     from .blip3o_core.images import load_image
 
+    _check_target(arguments.out)
     pictures = [load_image(path) for path in arguments.picture]
     pipeline = _open_pipeline(arguments)
     features, pixels = _settings(arguments, {})
@@ -381,7 +397,7 @@ def run_caption(arguments: argparse.Namespace) -> None:
             for path, caption in zip(batch, written, strict=True):
                 captions[str(path)] = caption
                 if arguments.write:
-                    path.with_suffix(".txt").write_text(caption + "\n", "utf-8")
+                    _write_text(path.with_suffix(".txt"), caption + "\n")
             bar.update(len(batch))
     if arguments.json:
         print(json.dumps(captions, indent=2, ensure_ascii=False))
@@ -546,6 +562,22 @@ def _warn_of_other_checkpoint(pipeline: Blip3oPipeline, like: dict[str, Any]) ->
         )
 
 
+def _warn_of_missing_pictures(arguments: argparse.Namespace, like: dict[str, Any]) -> None:
+    """A PNG keeps settings, not the pictures it was made from."""
+    missing = {"prompt": "--image", "start": "--start-image", "features": "blip3o vary"}
+    if arguments.image:
+        del missing["prompt"]
+    if arguments.start_image:
+        del missing["start"]
+    wanted = [missing[place] for place in like.get("made_from_pictures", []) if place in missing]
+    if wanted:
+        print(
+            f'Note: "{arguments.like}" was also made from pictures, which its file does not hold. '
+            f"Give them again ({', '.join(wanted)}), or the new picture will differ.",
+            file=sys.stderr,
+        )
+
+
 @contextmanager
 def _drawing_bars(arguments: argparse.Namespace) -> Iterator[dict[str, Callable[..., None]]]:
     """Progress bars of both stages, as the callbacks of Blip3oPipeline.generate."""
@@ -610,6 +642,15 @@ def _answer_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _picture_paths(given: Sequence[Path]) -> list[Path]:
     paths: list[Path] = []
     for path in given:
@@ -642,16 +683,24 @@ def _save(arguments: argparse.Namespace, pipeline: Blip3oPipeline, generation: G
         print(json.dumps(saved, indent=2, ensure_ascii=False))
 
 
+def _check_target(out: Path) -> None:
+    """Raise BadInputError for a target that cannot be written, before minutes go into the drawing."""
+    if out.suffix.lower() in PICTURE_SUFFIXES and out.suffix.lower() != ".png":
+        raise BadInputError(
+            f'"{out}" is no PNG file; only PNG keeps prompt and seeds.\nName a .png file or a folder.'
+        )
+    folder = out.parent if out.suffix.lower() == ".png" else out
+    blocked = next((each for each in (folder, *folder.parents) if each.exists() and not each.is_dir()), None)
+    if blocked is not None:
+        raise BadInputError(f'"{out}" cannot be written: "{blocked}" is a file.\nName another folder.')
+
+
 def _target_paths(out: Path, count: int) -> list[Path]:
     """Names of new pictures; files that exist are never overwritten, except one named outright."""
     if out.suffix.lower() == ".png":
         if count == 1:
             return [out]
         return [out.with_name(f"{out.stem}_{index:02d}.png") for index in range(count)]
-    if out.suffix.lower() in PICTURE_SUFFIXES:
-        raise BadInputError(
-            f'"{out}" is no PNG file; only PNG keeps prompt and seeds.\nName a .png file or a folder.'
-        )
     taken = [path.stem.removeprefix("blip3o_") for path in out.glob("blip3o_*.png")]
     first = 1 + max((int(name) for name in taken if name.isdigit()), default=0)
     return [out / f"blip3o_{first + index:05d}.png" for index in range(count)]

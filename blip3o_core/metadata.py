@@ -68,7 +68,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
     """The description in a picture written by save_png.
 
     Raises:
-        BadInputError: no such picture, or one without a description.
+        BadInputError: no such picture, or one without a description that can be understood.
     """
     try:
         with Image.open(path) as image:
@@ -80,7 +80,14 @@ def read_description(path: str | Path) -> dict[str, Any]:
             f'"{path}" does not say how it was made.\n'
             "Only PNG files saved by this program do, as long as no other program has saved them again."
         )
-    description = json.loads(text)
-    if description.get("version", 0) > FORMAT_VERSION:
+    try:
+        description = dict(json.loads(text))
+        is_newer = description.get("version", 0) > FORMAT_VERSION
+    except (ValueError, TypeError) as error:
+        raise BadInputError(
+            f'The note in "{path}" on how it was made cannot be understood ({error}).\n'
+            "Write prompt and settings yourself."
+        ) from error
+    if is_newer:
         raise BadInputError(f'"{path}" was made by a newer version of this program.\nUpdate ComfyUI-BLIP3o.')
     return description

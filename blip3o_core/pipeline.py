@@ -347,6 +347,16 @@ class Blip3oPipeline:
             "pixel_negative": pixel_negative,
             "pixel_negative_seed": pixel_negative_seed,
             "strength": strength,
+            # Whoever draws the picture again must bring these along: a PNG does not keep them.
+            "made_from_pictures": [
+                place
+                for place, is_given in (
+                    ("prompt", images is not None and any(images)),
+                    ("start", start_images is not None),
+                    ("features", start_features is not None),
+                )
+                if is_given
+            ],
         }
         each = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         return Generation(pictures, sampled.cpu(), each, seeds, pixel_seeds, used)
@@ -414,7 +424,12 @@ class Blip3oPipeline:
             for rows in _batches(len(encoded), batch_size)
         ]
         seeds = item_seeds(seed, len(encoded))
-        used = {"preset": preset, "pixels": asdict(pixels), "pixel_negative": PUBLISHED_NEGATIVE_PROMPT}
+        used = {
+            "preset": preset,
+            "pixels": asdict(pixels),
+            "pixel_negative": PUBLISHED_NEGATIVE_PROMPT,
+            "made_from_pictures": ["features"],
+        }
         return Generation(torch.cat(drawn), encoded.cpu(), [""] * len(encoded), seeds, pixel_seeds, used)
 
     # Looking
