@@ -1,4 +1,4 @@
-"""The `blip3o` command: draw, ask, caption, vary, inspect, download, convert and verify from the shell."""
+"""The `blip3o` command: draw, ask, caption, vary, inspect, download, convert, verify, pretrain and score."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
+from .pretraining.cli import add_eval, add_pretrain, run_eval, run_pretrain
 
 if TYPE_CHECKING:  # torch takes seconds to import: only commands that compute do so
     from .blip3o_core.pipeline import Blip3oPipeline, Generation
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     arguments = build_parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        return arguments.run_command(arguments) or 0
     except Blip3oError as error:
         print(error, file=sys.stderr)
         return EXIT_ERROR
@@ -58,6 +59,22 @@ def build_parser() -> argparse.ArgumentParser:
     _add_download(commands)
     _add_convert(commands)
     _add_verify(commands)
+    add_pretrain(
+        _command(
+            commands,
+            "pretrain",
+            run_pretrain,
+            "Train a BLIP3-o, stage by stage; the recipe of the built-in model.",
+        )
+    )
+    add_eval(
+        _command(
+            commands,
+            "eval",
+            run_eval,
+            "Score a checkpoint, or draw the pictures of a benchmark for its own scorer.",
+        )
+    )
     return parser
 
 
@@ -65,7 +82,7 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int |
     parser = commands.add_parser(
         name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run_command=run)
     return parser
 
 
