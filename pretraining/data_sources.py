@@ -41,7 +41,7 @@ ON_BAD = ("stop", "skip")
 SHOWN_NAMES = 5
 TAR_BLOCK = 512
 # webdataset's rule: the key ends at the first dot of the file name, so that "a.b/7.seg.png" is file "seg.png" of "a.b/7".
-MEMBER_NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]*)$")
+MEMBER_NAME = re.compile(r"^((?:.*/)?[^./]+)\.([^/]*)$")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def find_shards(paths: Path | Sequence[Path]) -> list[Path]:
         TrainingDataError: nothing found, a named file of another kind, or the same file twice.
     """
     shards: list[Path] = []
-    for path in [paths] if isinstance(paths, Path) else paths:
+    paths = [paths] if isinstance(paths, Path) else list(paths)
+    for path in paths:
         if not path.exists():
             raise MissingFilesError(
                 f'There is no training data at "{path}".\nGive .tar files, or a folder with tars or pictures.'
@@ -121,14 +122,16 @@ def find_shards(paths: Path | Sequence[Path]) -> list[Path]:
             )
     if not shards:
         raise TrainingDataError(
-            f'There are no tars and no pictures in "{paths}".\n'
+            f"There are no tars and no pictures in {', '.join(map(str, paths))}.\n"
             f"Put .tar files there, or pictures ({', '.join(PICTURE_SUFFIXES)}) with a text file of the same name each."
         )
-    twice = {path for path in shards if shards.count(path) > 1} if len(set(shards)) < len(shards) else set()
-    if twice:
-        raise TrainingDataError(
-            f'"{min(twice)}" is named twice.\nName each file and folder once, and no folder inside another.'
-        )
+    seen: set[Path] = set()
+    for path in (shard.resolve() for shard in shards):
+        if path in seen:
+            raise TrainingDataError(
+                f'"{path}" is named twice.\nName each file and folder once, and no folder inside another.'
+            )
+        seen.add(path)
     return shards
 
 
@@ -224,9 +227,11 @@ class SampleStream:
         # Entries since the start of this round of processes; those to skip belong to the round before.
         turn = -start.skip
         epoch, behind = start.epoch, start.index
+        bad_in_a_row = 0
         while self.epochs is None or epoch < self.epochs:
-            used = len(self.bad)
+            count = 0
             for index, entry in enumerate(self.order(epoch)):
+                count += 1
                 if index < behind:
                     continue
                 is_mine = turn >= 0 and turn % self.world_size == self.rank
@@ -234,11 +239,13 @@ class SampleStream:
                 if not is_mine:
                     continue
                 sample = self._read(entry)
-                if sample is not None:
-                    self.position = Position(epoch, index + 1, -turn % self.world_size)
-                    used = -1
-                    yield sample
-            if self.world_size == 1 and behind == 0 and used >= 0:
+                if sample is None:
+                    bad_in_a_row += 1
+                    continue
+                bad_in_a_row = 0
+                self.position = Position(epoch, index + 1, -turn % self.world_size)
+                yield sample
+            if bad_in_a_row >= count:
                 raise TrainingDataError(
                     f"None of the samples can be used; {len(self.bad)} are bad, e.g. {self._bad_names()}.\n"
                     "Look at the files and their captions."
@@ -353,7 +360,8 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK if member.isfile() else 0
+                size = member.size if member.isfile() else 0
+                end = member.offset_data + -(-size // TAR_BLOCK) * TAR_BLOCK
                 match = MEMBER_NAME.match(member.name)
                 if not member.isfile() or match is None:
                     continue
