@@ -10,13 +10,16 @@ from typing import Any
 
 STAGE_NAMES = ("encoder", "vae", "decoder", "understanding", "generation", "tuning")
 PARTS = ("prompts", "questions", "reconstruction")
+BUILT_IN_MODEL = Path(__file__).resolve().parents[1] / "blip3o_core" / "assets" / "tiny"
 BENCHMARKS = ("geneval", "dpg", "wise")
 
 
 def add_pretrain(parser: argparse.ArgumentParser) -> None:
     """Arguments of `blip3o pretrain`."""
     parser.add_argument(
-        "stage", choices=(*STAGE_NAMES, "all", "assemble"), help="what to train, or put together"
+        "stage",
+        choices=(*STAGE_NAMES, "all", "assemble", "image-text"),
+        help="a stage of the recipe, all of them, the checkpoint put together, or DiT and latent queries on real data",
     )
     parser.add_argument(
         "--run", type=Path, default=Path("pretraining-run"), help="folder of the run (default: %(default)s)"
@@ -27,15 +30,26 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
         "--stop-at", type=int, help="stop after this step with a checkpoint; run again to go on"
     )
     parser.add_argument("--seed", type=int, help="seed of weights and batches instead of the configuration's")
-    parser.add_argument(
-        "--out", type=Path, help="assemble: the checkpoint folder to write (default: RUN/checkpoint)"
+    parser.add_argument("--out", type=Path, help="the checkpoint folder to write (default: RUN/checkpoint)")
+    real = parser.add_argument_group("image-text")
+    real.add_argument("--model", type=Path, default=BUILT_IN_MODEL, help="the checkpoint to start from")
+    real.add_argument(
+        "--data", type=Path, help="folder of pictures with .txt captions, or of webdataset .tar files"
+    )
+    real.add_argument("--batch-size", type=int, default=16, help="samples of a step over all processes")
+    real.add_argument("--learning-rate", type=float, default=1e-4, help="peak (default: %(default)s)")
+    real.add_argument(
+        "--objective",
+        choices=("flow", "mse"),
+        default="flow",
+        help="what the DiT learns: the paper compares both",
     )
     parser.set_defaults(run_command=run_pretrain)
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """Arguments of `blip3o eval`."""
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--model", type=Path, default=BUILT_IN_MODEL, help="checkpoint folder")
     parser.add_argument("--out", type=Path, default=Path("scores"), help="folder for scores and pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--preset", default="standard", help="standard, fast or published")
@@ -58,7 +72,9 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def run_pretrain(arguments: argparse.Namespace) -> int:
-    """Train one stage, all of them, or write the checkpoint."""
+    """Train one stage, all of them, write the checkpoint, or train on real pictures with captions."""
+    if arguments.stage == "image-text":
+        return _train_image_text(arguments)
     from .recipe import STAGES, Recipe, read_config
 
     overrides: dict[str, dict[str, Any]] = {}
@@ -161,6 +177,47 @@ def _train(recipe: Any, stage: str, arguments: argparse.Namespace) -> None:
     folder = arguments.run / stage
     train_stage(job.module, job.batch_of, job.loop, folder, stop_at=arguments.stop_at)
     plot_log(folder / "log.jsonl", folder / "loss.png")
+
+
+def _train_image_text(arguments: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
+    from ..blip3o_core.errors import TrainingDataError
+    from ..blip3o_core.pipeline import load_pipeline
+    from .loss_plot import plot_log
+    from .stages.image_text import ImageTextBatches, ImageTextStage, open_samples, save_trained
+    from .trainer import LoopConfig, train_stage
+
+    if arguments.data is None:
+        raise TrainingDataError("image-text needs pictures with captions.\nGive their folder with --data.")
+    state = PartialState()
+    seed = arguments.seed or 0
+    pipeline = load_pipeline(arguments.model, device=str(state.device), dtype="fp32")
+    stage = ImageTextStage(pipeline, arguments.objective)
+    loop = LoopConfig(
+        steps=arguments.steps or 10_000,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        final_learning_rate=0.1 * arguments.learning_rate,
+        ema=0.999,
+        seed=seed,
+    )
+    batches = ImageTextBatches(
+        open_samples(arguments.data, seed=seed, rank=state.process_index, world=state.num_processes),
+        pipeline.tokenizer,
+        image_size=pipeline.image_encoder.config.image_size,
+        noise_shape=pipeline.noise_shape,
+        batch_size=max(1, arguments.batch_size // state.num_processes),
+        drop=0.1,
+        seed=seed * 1009 + state.process_index,
+    )
+    folder = arguments.run / "image-text"
+    train_stage(stage, batches, loop, folder, stop_at=arguments.stop_at, is_local=True)
+    if state.is_main_process:
+        plot_log(folder / "log.jsonl", folder / "loss.png")
+        out = save_trained(pipeline, stage, folder, arguments.out or arguments.run / "checkpoint")
+        print(f"Checkpoint written to {out}")
+    return 0
 
 
 def _advance(bar: Any, done: int, total: int) -> None:

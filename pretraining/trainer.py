@@ -85,6 +85,7 @@ def train_stage(
     folder: Path,
     *,
     stop_at: int | None = None,
+    is_local: bool = False,
     on_checkpoint: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Train a stage to its last step, from its checkpoint if the folder has one.
@@ -93,6 +94,7 @@ def train_stage(
         stage: module; parameters with requires_grad learn.
         batch_of: the global batch of a step, every tensor with the batch first.
         folder: gets state.pt, log.jsonl and TensorBoard events.
+        is_local: batch_of gives this process's own share instead of the global batch.
         stop_at: leave earlier, with a checkpoint; the learning rate still follows `config.steps`.
         on_checkpoint: called after each checkpoint, for pictures and scores.
 
@@ -129,9 +131,10 @@ def train_stage(
     while step < last_step:
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
-        batch = _slice(
-            batch_of(step), accelerator.process_index, accelerator.num_processes, accelerator.device
-        )
+        batch = batch_of(step)
+        if not is_local:
+            batch = _slice(batch, accelerator.process_index, accelerator.num_processes)
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         loss, values = network(batch)
         accelerator.backward(loss)
         grad_norm = accelerator.clip_grad_norm_(learning, config.clip)
@@ -172,7 +175,7 @@ def train_stage(
 def load_trained(stage: nn.Module, folder: Path) -> int:
     """Put the trained (averaged, where there is an average) weights of a run into a stage; returns its step."""
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    stage.load_state_dict(state["model"])
+    _restore(stage, state["model"])
     if state["average"]:
         with torch.no_grad():
             parameters = dict(stage.named_parameters())
@@ -181,15 +184,25 @@ def load_trained(stage: nn.Module, folder: Path) -> int:
     return state["step"]
 
 
-def _slice(batch: Batch, rank: int, world: int, device: torch.device) -> Batch:
-    return {name: value[rank::world].to(device) for name, value in batch.items()}
+def _slice(batch: Batch, rank: int, world: int) -> Batch:
+    return {name: value[rank::world] for name, value in batch.items()}
+
+
+def _frozen(stage: nn.Module) -> set[str]:
+    """Names of parameters that do not learn: they are not saved, whoever builds the stage brings them."""
+    return {name for name, parameter in stage.named_parameters() if not parameter.requires_grad}
+
+
+def _restore(stage: nn.Module, weights: dict[str, Tensor]) -> None:
+    missing, unexpected = stage.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= _frozen(stage), (missing, unexpected)
 
 
 def _save(
     path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, average: Averaged | None, step: int
 ) -> None:
     state: dict[str, Any] = {
-        "model": stage.state_dict(),
+        "model": {name: tensor for name, tensor in stage.state_dict().items() if name not in _frozen(stage)},
         "optimizer": optimizer.state_dict(),
         "average": average.weights if average else {},
         "step": step,
@@ -203,7 +216,7 @@ def _load(path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer, averag
     if not path.is_file():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    stage.load_state_dict(state["model"])
+    _restore(stage, state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if average is not None and state["average"]:
         average.weights = state["average"]

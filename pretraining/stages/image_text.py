@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ...blip3o_core.checkpoints.save import save_checkpoint
 from ...blip3o_core.flow import TRAIN_TIMESTEPS, mix, target_velocity, training_sigma
 from ...blip3o_core.images import preprocess_for_image_encoder
 from ...blip3o_core.prompts import generation_text
-from ..data import Sample
-from ..trainer import Batch
+from ..data import Sample, find_tars, read_folder, read_tars
+from ..trainer import Batch, load_trained
 
 if TYPE_CHECKING:
     from ...blip3o_core.pipeline import Blip3oPipeline
@@ -53,6 +55,28 @@ class ImageTextStage(nn.Module):
         if self.objective == "mse":
             return (noise - guess - features).square().float().mean(), {}
         return (guess - target_velocity(features, noise)).square().float().mean(), {}
+
+
+def open_samples(folder: Path, *, seed: int, rank: int, world: int) -> Iterator[Sample]:
+    """The endless stream of a folder of tars, or of pictures with captions beside them."""
+    tars = find_tars(folder)
+    if tars:
+        return read_tars(tars, seed=seed, rank=rank, world=world)
+    return read_folder(folder, seed=seed, rank=rank, world=world)
+
+
+def save_trained(pipeline: Blip3oPipeline, stage: ImageTextStage, run: Path, folder: Path) -> Path:
+    """Write a checkpoint with the averaged latent queries and DiT, and everything else as it was loaded."""
+    load_trained(stage, run)
+    return save_checkpoint(
+        folder,
+        pipeline.files.config,
+        backbone=pipeline.backbone,
+        dit=pipeline.dit,
+        image_encoder=pipeline.image_encoder,
+        decoder=pipeline.decoder,
+        tokenizer_from=pipeline.files.folder,
+    )
 
 
 class ImageTextBatches:

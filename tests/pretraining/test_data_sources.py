@@ -117,7 +117,9 @@ def test_a_resumed_stream_goes_on_as_the_uninterrupted_one(tars: Path, seen: int
 
 @pytest.mark.parametrize("saved_by", [0, 1, 2])
 @pytest.mark.parametrize("later", [1, 3, 4])
-def test_the_position_of_any_process_resumes_with_any_number_of_processes(tars: Path, saved_by: int, later: int):
+def test_the_position_of_any_process_resumes_with_any_number_of_processes(
+    tars: Path, saved_by: int, later: int
+):
     whole = captions(SampleStream(tars, seed=5, buffer_size=6), 60)
     stream = SampleStream(tars, seed=5, buffer_size=6, rank=saved_by, world_size=3)
     captions(stream, 6)  # round 6 of 3 processes: 18 samples, one past the epoch of 17
