@@ -288,11 +288,11 @@ def test_numbers_that_cannot_be_are_refused(pipeline: FakePipeline, wise: Path, 
 
 def test_the_parser_of_the_command_needs_no_torch():
     code = (
-        "import sys, argparse; sys.path.insert(0, {tests!r}); import conftest;"
+        f"import sys, argparse; sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r}); import conftest;"
         "from comfyui_blip3o.pretraining.benchmarks import add_benchmark_arguments;"
         "add_benchmark_arguments(argparse.ArgumentParser());"
         "print([m for m in ('torch', 'PIL', 'numpy') if m in sys.modules])"
-    ).format(tests=str(Path(__file__).resolve().parents[1]))
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 
@@ -321,6 +321,7 @@ def test_the_command_draws_with_a_checkpoint_and_fills_holes_with_equal_pictures
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert main([*arguments, "--batch-size", "1"]) == 0
+    assert {path.name for path in out.iterdir()} == set(before)
     for path in out.iterdir():
         # Another batch size may round the last bit otherwise, which a shade of 8 bits can show.
         assert np.abs(np.asarray(Image.open(path)).astype(int) - before[path.name]).max() <= 1
