@@ -30,6 +30,8 @@ DTYPES = {
     "fp8": torch.float8_e4m3fn,
 }
 PREVIEW_SIDE = 512
+# Networks up to this size on disk are kept in fp32 where a device computes in fp32 only.
+FLOAT32_BYTES = 4 * 2**30
 
 
 def require_comfyui() -> None:
@@ -138,16 +140,23 @@ def user_file(annotated_name: str) -> Path:
 
 
 def storage_and_compute_dtype(
-    choice: str, supported: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    choice: str, supported: tuple[torch.dtype, ...], file_bytes: int
 ) -> tuple[torch.dtype, torch.dtype]:
     """How weights are kept and what they are computed in, for a choice of the dtype widget on this device.
 
-    "auto" leaves the decision to ComfyUI (its --bf16-unet, --fp32-unet ... options included).
+    "auto" leaves the decision to ComfyUI (its --bf16-unet, --fp32-unet ... options included), but keeps large networks
+    in the file's bf16 where it would compute in fp32.
+
+    Args:
+        supported: dtypes the network computes well in, best first.
+        file_bytes: size of the network on disk.
     """
     device = memory.get_torch_device()
-    storage = DTYPES[choice] or memory.unet_dtype(
-        device, supported_dtypes=list(supported), weight_dtype=torch.bfloat16
-    )
+    storage = DTYPES[choice]
+    if storage is None:
+        storage = memory.unet_dtype(device, supported_dtypes=list(supported), weight_dtype=torch.bfloat16)
+        if storage == torch.float32 and file_bytes > FLOAT32_BYTES and not memory.args.fp32_unet:
+            storage = torch.bfloat16
     return storage, memory.unet_manual_cast(storage, device, list(supported)) or storage
 
 
@@ -174,6 +183,11 @@ def make_patcher(
 def load_to_device(patcher: comfy.model_patcher.ModelPatcher, activation_bytes: int) -> torch.device:
     """Bring a network to its device, whole or in part, with room for activations; return the device."""
     memory.load_models_gpu([patcher], memory_required=activation_bytes)
+    # ComfyUI moves layers with weights; rotary tables lie in modules without any and stay behind in a partial load.
+    for module in patcher.model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device != patcher.load_device:
+                setattr(module, name, buffer.to(patcher.load_device))
     return patcher.load_device
 
 

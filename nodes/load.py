@@ -10,7 +10,7 @@ import comfy.model_patcher
 import torch
 from comfy_api.latest import io
 
-from ..blip3o_core.checkpoints.layout import open_checkpoint
+from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.load import load_backbone, load_image_encoder
 from ..blip3o_core.errors import Blip3oError
 from . import host, layers, lora
@@ -19,20 +19,22 @@ from .native_dit import load_dit_patcher
 from .sockets import BackboneHandle, BackboneType, ImageEncoderHandle, ImageEncoderType
 
 CATEGORY = "BLIP3-o/load"
-BACKBONE_DTYPES = (torch.bfloat16, torch.float32)
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
 
 
-def backbone_dtypes(choice: str) -> tuple[torch.dtype, torch.dtype]:
-    """Storage and compute dtype of the backbone and the image encoder, which overflow in fp16."""
-    return host.storage_and_compute_dtype(choice, BACKBONE_DTYPES)
+def network_dtypes(files: CheckpointFiles, component: str, choice: str) -> tuple[torch.dtype, torch.dtype]:
+    """Storage and compute dtype of the backbone or the image encoder, which overflow in fp16."""
+    size = files.component_bytes.get(component, 0)
+    return host.storage_and_compute_dtype(choice, SUPPORTED_DTYPES, size)
 
 
 def load_backbone_patcher(
     folder: str, dtype: str, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     """The backbone of a checkpoint folder in a patcher. Arguments as load_dit_patcher."""
-    storage, compute = backbone_dtypes(dtype)
-    backbone = load_backbone(open_checkpoint(Path(folder)), dtype=layers.file_dtype(storage))
+    files = open_checkpoint(Path(folder))
+    storage, compute = network_dtypes(files, "backbone", dtype)
+    backbone = load_backbone(files, dtype=layers.file_dtype(storage))
     layers.prepare(backbone, storage, compute)
     memory.archive_model_dtypes(backbone)
     return host.make_patcher(
@@ -44,12 +46,31 @@ def load_image_encoder_patcher(
     folder: str, dtype: str, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     """EVA-CLIP of a checkpoint folder, or from beside it, in a patcher. Arguments as load_dit_patcher."""
-    storage, compute = backbone_dtypes(dtype)
-    encoder = load_image_encoder(open_checkpoint(Path(folder)), dtype=layers.file_dtype(storage))
+    files = open_checkpoint(Path(folder))
+    storage, compute = network_dtypes(files, "image_encoder", dtype)
+    encoder = load_image_encoder(files, dtype=layers.file_dtype(storage))
     layers.prepare(encoder, storage, compute)
     memory.archive_model_dtypes(encoder)
     return host.make_patcher(
         encoder, load_image_encoder_patcher, (folder, dtype), disable_dynamic=disable_dynamic
+    )
+
+
+def load_backbone_handle(folder: Path, dtype: str) -> BackboneHandle:
+    """What the socket BLIP3O carries."""
+    files = open_checkpoint(folder)
+    return BackboneHandle(
+        load_backbone_patcher(str(folder), dtype), files, network_dtypes(files, "backbone", dtype)[1]
+    )
+
+
+def load_image_encoder_handle(folder: Path, dtype: str) -> ImageEncoderHandle:
+    """What the socket BLIP3O_IMAGE_ENCODER carries."""
+    files = open_checkpoint(folder)
+    return ImageEncoderHandle(
+        load_image_encoder_patcher(str(folder), dtype),
+        files,
+        network_dtypes(files, "image_encoder", dtype)[1],
     )
 
 
@@ -120,9 +141,8 @@ class LoadBlip3o(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint: str, dtype: str) -> io.NodeOutput:
         folder = host.find_checkpoint(checkpoint)
-        patcher = load_backbone_patcher(str(folder), dtype)
         return io.NodeOutput(
-            BackboneHandle(patcher, open_checkpoint(folder), backbone_dtypes(dtype)[1]),
+            load_backbone_handle(folder, dtype),
             load_dit_patcher(str(folder), dtype),
             load_decoder_patcher(str(folder), dtype),
             load_vae(str(folder)),
@@ -154,8 +174,7 @@ class LoadImageEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint: str, dtype: str) -> io.NodeOutput:
         folder = host.find_checkpoint(checkpoint)
-        patcher = load_image_encoder_patcher(str(folder), dtype)
-        return io.NodeOutput(ImageEncoderHandle(patcher, open_checkpoint(folder), backbone_dtypes(dtype)[1]))
+        return io.NodeOutput(load_image_encoder_handle(folder, dtype))
 
 
 class LoadLora(io.ComfyNode):

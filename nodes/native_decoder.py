@@ -200,7 +200,9 @@ def load_decoder_patcher(
     files = open_checkpoint(Path(folder))
     unet_config, vae_config = files.decoder_config("unet"), files.decoder_config("vae")
     scheduler = files.decoder_config("scheduler")
-    storage, compute = host.storage_and_compute_dtype(dtype, SUPPORTED_DTYPES)
+    storage, compute = host.storage_and_compute_dtype(
+        dtype, SUPPORTED_DTYPES, files.decoder_file("unet").stat().st_size
+    )
     settings = unet_settings(unet_config, files.name)
     ops = comfy.ops.manual_cast if storage != compute else comfy.ops.disable_weight_init
     groups = unet_config.get("norm_num_groups") or COMFY_NORM_GROUPS

@@ -132,7 +132,7 @@ def load_dit_patcher(
         dtype: choice of the loader's widget, see host.DTYPES.
     """
     files: CheckpointFiles = open_checkpoint(Path(folder))
-    storage, compute = host.storage_and_compute_dtype(dtype, SUPPORTED_DTYPES)
+    storage, compute = host.storage_and_compute_dtype(dtype, SUPPORTED_DTYPES, files.component_bytes["dit"])
     dit = load_dit(files, dtype=layers.file_dtype(storage))
     rgb = preview.feature_factors(files, dit)
     layers.prepare(dit, storage, compute)

@@ -32,7 +32,7 @@ from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint  # noq
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_dit  # noqa: E402
 from comfyui_blip3o.blip3o_core.flow import sigma_schedule  # noqa: E402
 from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_tokens  # noqa: E402
-from comfyui_blip3o.nodes import generate, load, native_decoder, native_dit, sockets  # noqa: E402
+from comfyui_blip3o.nodes import generate, load, native_decoder, native_dit  # noqa: E402
 
 torch.set_num_threads(1)
 FOLDER = str(REFERENCE / "checkpoint")
@@ -196,9 +196,8 @@ def check_sdxl_shapes() -> None:
 
 def check_backbone() -> None:
     for dtype in ("fp32", "bf16", "fp8"):
-        patcher = load.load_backbone_patcher(FOLDER, dtype)
-        files = open_checkpoint(Path(FOLDER))
-        handle = sockets.BackboneHandle(patcher, files, load.backbone_dtypes(dtype)[1])
+        handle = load.load_backbone_handle(Path(FOLDER), dtype)
+        patcher = handle.patcher
         positive, negative, blank = generate.encode_prompt(handle, texts["caption"], "", None)
         record(f"conditioning in {dtype}", positive, golden["text.hidden_states"])
         if dtype == "fp32":
@@ -225,9 +224,7 @@ def check_backbone() -> None:
 
 
 def check_image_encoder() -> None:
-    handle = sockets.ImageEncoderHandle(
-        load.load_image_encoder_patcher(FOLDER, "fp32"), open_checkpoint(Path(FOLDER)), torch.float32
-    )
+    handle = load.load_image_encoder_handle(Path(FOLDER), "fp32")
     picture = Image.open(REFERENCE / "eva_image.png").convert("RGB")
     record("image features", comfy_grid(handle.pipeline.encode_images([picture])), golden["eva.pooled"])
 
