@@ -48,7 +48,9 @@ def test_question_sizes_are_those_of_qwen(factor: int) -> None:
         high = low * int(generator.integers(2, 60))
         ours = question_size(height, width, factor=factor, min_pixels=low, max_pixels=high)
         expected = smart_resize(height, width, factor=factor, min_pixels=low, max_pixels=high)
-        assert ours == tuple(expected), (height, width, low, high)
+        # transformers 4.51 shrinks a narrow picture to nothing; later ones keep one square, as ours.
+        kept = tuple(max(factor, side) for side in expected)
+        assert ours == kept, (height, width, low, high)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 150), (9000, 9000), (5, 900)])
