@@ -280,6 +280,11 @@ def run_decoder(
     )
     start = None
     if start_images is not None:
+        if not start_images.isfinite().all():
+            raise BadInputError(
+                "The start image holds values that are not numbers (NaN or infinity).\n"
+                "Look at the node that made it; black pictures from a half-precision VAE are a common cause."
+            )
         resized = comfy.utils.common_upscale(
             start_images[..., :3].movedim(-1, 1), width, height, "bicubic", "center"
         )

@@ -9,9 +9,11 @@ from typing import Any
 
 import api_graphs
 import pytest
+import torch
 from api_graphs import node
-from comfyui_server import Server, Socket, cached_nodes, error_of
+from comfyui_server import ROOT, Server, Socket, cached_nodes, error_of
 from PIL import Image
+from safetensors.torch import save_file
 
 REFERENCE = "reference"
 
@@ -163,7 +165,7 @@ def test_stock_ksamplers_drive_both_stages(server: Server):
     assert server.run(graph)["5"]["images"]
 
 
-def test_core_trains_a_lora_on_our_model_and_applies_it(server: Server):
+def test_core_trains_a_lora_on_our_model_and_both_loaders_apply_it(server: Server, base: Path):
     graph = {
         "1": node("BLIP3oLoad", checkpoint=REFERENCE, dtype="fp32"),
         "2": node("BLIP3oEncodePrompt", backbone=["1", 0], prompt="a red circle", negative_prompt=""),
@@ -201,13 +203,111 @@ def test_core_trains_a_lora_on_our_model_and_applies_it(server: Server):
         "14": node("PreviewAny", source=["13", 0]),
         "15": node("SaveLoRA", lora=["9", 0], prefix="loras/core", steps=["9", 2]),
     }
-    similarity = float(server.run(graph)["14"]["text"][0])
-    assert similarity < 0.9999
+    outputs = server.run(graph)
+    assert float(outputs["14"]["text"][0]) < 0.9999
+    # The file that core saved does the same through our own loader.
+    (saved,) = (base / "output" / "loras").glob("core*.safetensors")
+    name = saved.name
+    ours = {key: graph[key] for key in ("1", "2", "12", "14")}
+    ours["10"] = node("BLIP3oLoadLora", lora=name, strength=1.0, backbone_strength=1.0, dit=["1", 1])
+    ours["11"] = node("BLIP3oSampleFeatures", **_sampling("10", 0))
+    ours["13"] = node("BLIP3oCompareFeatures", first=["11", 0], second=["12", 0])
+    ours["16"] = node("PreviewAny", source=["10", 2])
+    loaded = server.run(ours)
+    assert loaded["14"]["text"] == outputs["14"]["text"]
+    assert "weights at strength 1" in loaded["16"]["text"][0]
 
 
 def _sampling(model: str, output: int) -> dict[str, Any]:
     wires = {"dit": [model, output], "positive": ["2", 0], "negative": ["2", 1]}
     return {**wires, "seed": 1, "steps": 4, "cfg": 3.0, "sampler": "euler", "shift": 1.0, "batch_size": 1}
+
+
+def lora_graph(name: str, **models: Any) -> dict[str, Any]:
+    return {
+        "1": node("BLIP3oLoad", checkpoint=REFERENCE, dtype="fp32"),
+        "2": node("BLIP3oLoadLora", lora=name, strength=1.0, backbone_strength=1.0, **models),
+        "3": node("PreviewAny", source=["2", 2]),
+    }
+
+
+def write_lora(base: Path, name: str, key: str, rows: int, columns: int) -> str:
+    """A LoRA file of rank 2 for one weight of the given size."""
+    tensors = {
+        f"{key}.lora_up.weight": torch.ones(rows, 2),
+        f"{key}.lora_down.weight": torch.ones(2, columns),
+    }
+    save_file({**tensors, f"{key}.alpha": torch.tensor(2.0)}, str(base / "models" / "loras" / name))
+    return name
+
+
+BAD_LORAS = {
+    "another size": ("diffusion_model.layers.0.attn1.to_q", 1792, 1792, "was trained for"),
+    "another network": (
+        "diffusion_model.double_blocks.0.img_attn.qkv",
+        48,
+        48,
+        "is not for the connected model",
+    ),
+    "the backbone as well": ("backbone.text.layers.0.self_attn.q_proj", 64, 64, "no backbone is connected"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_LORAS)
+def test_a_lora_that_does_not_fit_is_refused(server: Server, base: Path, mistake: str):
+    key, rows, columns, fragment = BAD_LORAS[mistake]
+    name = write_lora(base, f"{mistake.replace(' ', '_')}.safetensors", key, rows, columns)
+    assert fragment in failure(server, lora_graph(name, dit=["1", 1]))
+
+
+def test_a_lora_on_the_backbone_changes_the_conditioning_only_behind_it(server: Server, base: Path):
+    name = write_lora(base, "backbone.safetensors", "backbone.text.layers.0.self_attn.q_proj", 64, 64)
+    graph = lora_graph(name, dit=["1", 1], backbone=["1", 0])
+    for number, source in (("4", "1"), ("5", "2")):
+        output = 0 if source == "1" else 1
+        graph[number] = node(
+            "BLIP3oEncodePrompt", backbone=[source, output], prompt="a cat", negative_prompt=""
+        )
+    sampling = _sampling("1", 1)
+    for number, encoder in (("6", "4"), ("7", "5")):
+        wires = {"positive": [encoder, 0], "negative": [encoder, 1]}
+        graph[number] = node("BLIP3oSampleFeatures", **{**sampling, **wires})
+    graph["8"] = node("BLIP3oCompareFeatures", first=["6", 0], second=["7", 0])
+    graph["9"] = node("PreviewAny", source=["8", 0])
+    outputs = server.run(graph)
+    assert "backbone: 1 of 1 weights" in outputs["3"]["text"][0]
+    assert float(outputs["9"]["text"][0]) < 0.99999
+
+
+def test_a_broken_lora_file_is_refused(server: Server, base: Path):
+    (base / "models" / "loras" / "broken.safetensors").write_bytes(b"not a file")
+    assert "cannot be read" in failure(server, lora_graph("broken.safetensors", dit=["1", 1]))
+
+
+def test_transparent_and_huge_pictures_are_seen(server: Server):
+    graph = {
+        "1": node("BLIP3oLoadImageEncoder", checkpoint=REFERENCE, dtype="auto"),
+        "2": node("EmptyImage", width=600, height=400, batch_size=1, color=255),
+        "3": node("SolidMask", value=0.5, width=600, height=400),
+        "4": node("JoinImageWithAlpha", image=["2", 0], alpha=["3", 0]),
+        "5": node("BLIP3oEncodeImage", image_encoder=["1", 0], images=["4", 0]),
+        "6": node("EmptyImage", width=7100, height=7100, batch_size=1, color=255),
+        "7": node("BLIP3oEncodeImage", image_encoder=["1", 0], images=["6", 0]),
+        "8": node("BLIP3oCompareFeatures", first=["5", 0], second=["7", 0]),
+        "9": node("PreviewImage", images=["8", 1]),
+    }
+    assert server.run(graph)["9"]["images"]
+
+
+def test_pages_and_translations_are_served(server: Server):
+    for page in ("BLIP3oAsk.md", "BLIP3oAsk/zh.md"):
+        assert server.get_bytes(f"/extensions/ComfyUI-BLIP3o/docs/{page}").startswith(b"# ")
+    translations = server.get("/i18n")
+    for language in ("en", "zh", "ja"):
+        assert translations[language]["nodeDefs"]["BLIP3oAsk"]["display_name"]
+    assert set(server.get("/workflow_templates")["ComfyUI-BLIP3o"]) == {
+        path.stem for path in (ROOT / "workflows").glob("*.json")
+    }
 
 
 def test_features_survive_saving_and_loading(server: Server, base: Path):
