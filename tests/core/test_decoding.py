@@ -14,11 +14,10 @@ from comfyui_blip3o.blip3o_core.decoding import (
 )
 from comfyui_blip3o.blip3o_core.errors import BadInputError
 from comfyui_blip3o.blip3o_core.models.decoder import Decoder
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from originals import plain_loop
 from torch import Tensor
 
 CHANNELS, TOKENS = 16, 16
-SCHEDULES = {"euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 
 
 @pytest.fixture(scope="module", params=["default", "deep"])
@@ -40,55 +39,6 @@ def features(batch: int = 2, seed: int = 1) -> Tensor:
     return random(batch, TOKENS, CHANNELS, seed=seed)
 
 
-def plain_loop(
-    decoder: Decoder,
-    sampler: str,
-    steps: int,
-    guidance: float,
-    positive: Tensor,
-    negative: Tensor,
-    noise: Tensor,
-    start: Tensor | None = None,
-    skipped: int = 0,
-) -> Tensor:
-    """diffusers' way, one network call per guidance branch."""
-    config = {
-        key: decoder.scheduler_config[key]
-        for key in (
-            "beta_start",
-            "beta_end",
-            "beta_schedule",
-            "num_train_timesteps",
-            "prediction_type",
-            "timestep_spacing",
-            "steps_offset",
-        )
-    }
-    scheduler = SCHEDULES[sampler](**config)
-    scheduler.set_timesteps(steps)
-    height, width = (side * decoder.vae_scale for side in noise.shape[-2:])
-    time_ids = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, height, width]]).repeat(noise.shape[0], 1)
-    timesteps = scheduler.timesteps[skipped:]
-    if start is None:
-        latents = noise * scheduler.init_noise_sigma
-    else:
-        scheduler.set_begin_index(skipped)
-        latents = scheduler.add_noise(start, noise, timesteps[:1])
-    for timestep in timesteps:
-        inputs = scheduler.scale_model_input(latents, timestep)
-        away, toward = (
-            decoder.unet(
-                inputs,
-                timestep,
-                encoder_hidden_states=tokens,
-                added_cond_kwargs={"text_embeds": tokens.mean(1), "time_ids": time_ids},
-            ).sample
-            for tokens in (negative.expand_as(positive), positive)
-        )
-        latents = scheduler.step(away + guidance * (toward - away), timestep, latents).prev_sample
-    return latents
-
-
 def assert_same(ours: Tensor, expected: Tensor) -> None:
     scale = expected.std().item()
     assert (ours - expected).abs().max().item() <= 2e-4 * scale
@@ -106,7 +56,20 @@ def test_equals_a_plain_loop(decoder: Decoder, sampler: str, steps: int) -> None
         settings=PixelSettings(steps=steps, sampler=sampler, guidance_scale=2.5),
         negative_features=negative,
     )
-    assert_same(ours, plain_loop(decoder, sampler, steps, 2.5, features(), negative, noise))
+    assert_same(
+        ours,
+        plain_loop(
+            decoder.unet,
+            decoder.scheduler_config,
+            decoder.vae_scale,
+            sampler,
+            steps,
+            2.5,
+            features(),
+            negative,
+            noise,
+        ),
+    )
 
 
 @pytest.mark.parametrize("sampler", PIXEL_SAMPLERS)
@@ -121,7 +84,22 @@ def test_a_start_picture_equals_a_plain_loop_from_there(decoder: Decoder, sample
         strength=0.5,
     )
     zeros = torch.zeros_like(features())
-    assert_same(ours, plain_loop(decoder, sampler, 8, 2.0, features(), zeros, noise, start, skipped=4))
+    assert_same(
+        ours,
+        plain_loop(
+            decoder.unet,
+            decoder.scheduler_config,
+            decoder.vae_scale,
+            sampler,
+            8,
+            2.0,
+            features(),
+            zeros,
+            noise,
+            start,
+            skipped=4,
+        ),
+    )
 
 
 def test_published_schedule_numbers() -> None:

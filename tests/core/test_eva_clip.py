@@ -1,7 +1,5 @@
 """EVA-CLIP against a plain implementation that is written another way."""
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,6 +7,7 @@ import tiny_models
 import torch
 from comfyui_blip3o.blip3o_core.config import EvaClipConfig
 from comfyui_blip3o.blip3o_core.models.eva_clip import EvaClip
+from originals import plain_tokens
 from torch import Tensor
 
 Config = EvaClipConfig
@@ -20,45 +19,6 @@ CONFIGS = {
         width=12, layers=3, head_width=4, mlp_dim=20, image_size=48, patch_size=8, pool=2
     ),
 }
-
-
-def plain_tokens(weights: dict[str, Tensor], config: Config, pixels: Tensor) -> Tensor:
-    """Tokens by loops over patches and heads, in double precision."""
-    get: Callable[[str], Tensor] = lambda key: weights[key].double()  # noqa: E731
-    pixels, patch = pixels.double(), config.patch_size
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        return scaled * get(name + ".weight") + get(name + ".bias")
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ get(name + ".weight").T + get(name + ".bias")
-
-    def attend(x: Tensor, name: str) -> Tensor:
-        query, key, value = linear(x, name + ".qkv").chunk(3, dim=-1)
-        heads = []
-        for start in range(0, config.width, config.head_width):
-            part = slice(start, start + config.head_width)
-            scores = query[..., part] @ key[..., part].transpose(1, 2) / math.sqrt(config.head_width)
-            heads.append(scores.softmax(-1) @ value[..., part])
-        return linear(torch.cat(heads, -1), name + ".proj")
-
-    def feed(x: Tensor, name: str) -> Tensor:
-        inner = linear(x, name + ".fc1")
-        return linear(0.5 * inner * (1 + torch.erf(inner / math.sqrt(2))), name + ".fc2")
-
-    kernel, bias = get("patch_embed.proj.weight"), get("patch_embed.proj.bias")
-    tokens = [get("cls_token").expand(pixels.shape[0], -1, -1)]
-    for row in range(0, config.image_size, patch):
-        for column in range(0, config.image_size, patch):
-            piece = pixels[:, :, row : row + patch, column : column + patch]
-            tokens.append((torch.einsum("bchw,dchw->bd", piece, kernel) + bias)[:, None])
-    x = torch.cat(tokens, dim=1) + get("pos_embed")
-    for index in range(config.layers):
-        x = x + norm(attend(x, f"blocks.{index}.attn"), f"blocks.{index}.norm1")
-        x = x + norm(feed(x, f"blocks.{index}.mlp"), f"blocks.{index}.norm2")
-    return x
 
 
 def build(config: Config) -> tuple[EvaClip, Tensor]:

@@ -9,6 +9,7 @@ from comfyui_blip3o.blip3o_core.config import NextDiTConfig
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT, rotary_table, timestep_frequencies
 from diffusers import LuminaNextDiT2DModel
 from diffusers.models.embeddings import PixArtAlphaTextProjection, get_2d_rotary_pos_embed_lumina
+from originals import original_velocity
 from torch import Tensor, nn
 
 CHANNELS, CONDITIONING_DIM, TOKENS = 12, 20, 5
@@ -58,23 +59,6 @@ def build_pair(dim: int, heads: int, kv_heads: int, layers: int) -> tuple[NextDi
     )
     ours.load_state_dict(weights, strict=True)
     return ours.eval().requires_grad_(False), original.eval()
-
-
-def original_velocity(
-    original: nn.ModuleDict, grid: Tensor, timestep: Tensor, conditioning: Tensor
-) -> Tensor:
-    transformer = original["transformer"]
-    context = original["caption_projection"](conditioning)
-    rotary = get_2d_rotary_pos_embed_lumina(transformer.head_dim, *grid.shape[-2:])
-    return transformer(
-        grid,
-        timestep,
-        context,
-        torch.ones(context.shape[:2], dtype=torch.int32),
-        rotary,
-        cross_attention_kwargs={},
-        return_dict=False,
-    )[0]
 
 
 def inputs(grid: tuple[int, int], batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:

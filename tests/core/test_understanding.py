@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from comfyui_blip3o.blip3o_core.checkpoints.keys import to_published_key
 from comfyui_blip3o.blip3o_core.errors import BadInputError
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
 from comfyui_blip3o.blip3o_core.prompts import TextTokenizer
@@ -21,9 +22,10 @@ from comfyui_blip3o.blip3o_core.understanding import (
     continue_rows,
     encode_chat,
 )
+from originals import published_qwen_key, qwen_inputs, qwen_model
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 CPU = torch.device("cpu")
 LIMITS = PixelLimits(28 * 28, tiny_models.MAX_PIXELS)
@@ -47,41 +49,28 @@ CHATS: dict[str, list[Turn]] = {
 def original(tiny_folder: Path, pipeline: Blip3oPipeline) -> Qwen2_5_VLForConditionalGeneration:
     """transformers' own model with the tiny checkpoint's weights."""
     tokenizer, backbone = pipeline.tokenizer, pipeline.backbone
-    fields = {key: value for key, value in tiny_models.tiny_config().items() if key != "model_type"}
-    config = Qwen2_5_VLConfig(
-        **fields,
-        vocab_size=backbone.lm_head.out_features,
-        image_token_id=tokenizer.image_pad,
-        video_token_id=backbone.lm_head.out_features + 1,
-        vision_start_token_id=tokenizer.token_id("<|vision_start|>"),
+    model = qwen_model(
+        tiny_models.tiny_config(),
+        backbone.lm_head.out_features,
+        tokenizer.image_pad,
+        tokenizer.token_id("<|vision_start|>"),
     )
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    wanted = model.state_dict()
-    is_nested = any(key.startswith("model.language_model.") for key in wanted)
-    ours = {
-        ("model.language_model." if is_nested else "model.") + key.removeprefix("text.")
-        if key.startswith("text.")
-        else ("model." if is_nested and key.startswith("visual.") else "") + key: tensor
+    names = {published_qwen_key(key): key for key in model.state_dict()}
+    weights = {
+        names[to_published_key("backbone", key)]: tensor
         for key, tensor in backbone.state_dict().items()
         if key != "latent_queries"
     }
-    model.load_state_dict(ours, strict=True)
+    model.load_state_dict(weights, strict=True)
     return model
+
+
+def inputs_of(row: EncodedRow, image_pad: int) -> dict[str, Tensor]:
+    return qwen_inputs(row.token_ids, row.patches, row.grids, image_pad)
 
 
 def encode(pipeline: Blip3oPipeline, chat: Sequence[Turn]) -> EncodedRow:
     return encode_chat(pipeline.backbone, pipeline.tokenizer, chat, LIMITS)
-
-
-def inputs_of(row: EncodedRow, image_pad: int) -> dict[str, Tensor]:
-    """What transformers' model takes; newer versions also want to know which tokens are an image's."""
-    ids = torch.tensor([row.token_ids])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "mm_token_type_ids" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters:
-        inputs["mm_token_type_ids"] = (ids == image_pad).int()
-    if row.patches:
-        inputs |= {"pixel_values": torch.cat(row.patches), "image_grid_thw": torch.tensor(row.grids)}
-    return inputs
 
 
 def answer_tokens(
