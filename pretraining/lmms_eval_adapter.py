@@ -3,7 +3,10 @@
 lmms-eval finds it by an entry point of the group "lmms_eval.models" that names `manifest`, or, without one, after
 register(); then:  lmms-eval --model blip3o --model_args pretrained=FOLDER --tasks mme --batch_size 8
 
-lmms-eval is imported only when the model class is asked for. Source of the interface: lmms-eval 0.7,
+Tasks that compare likelihoods ("output_type: multiple_choice") fail in lmms-eval 0.7.3 with every model: its evaluator
+turns (loss, is greedy) into text before the task reads it. Tasks that generate answers are not affected.
+
+lmms-eval is imported only when the model class is asked for. Source of the interface: lmms-eval 0.7.3,
 lmms_eval/api/model.py, api/task.py (shapes of the requests) and models/registry_v2.py.
 """
 
@@ -89,7 +92,9 @@ def model_class() -> type:
         ) -> None:
             super().__init__()
             if not str(batch_size).isdigit() or int(batch_size) < 1:
-                raise BadInputError(f'The batch size "{batch_size}" is no number.\nGive --batch_size 8 or another.')
+                raise BadInputError(
+                    f'The batch size "{batch_size}" is no number.\nGive --batch_size 8 or another.'
+                )
             self.batch_size = int(batch_size)
             if max_batch_size is not None:
                 self.batch_size = min(self.batch_size, int(max_batch_size))
