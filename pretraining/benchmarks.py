@@ -353,9 +353,7 @@ class _Layout:
             if found.get(key) != value
         ]
         if other:
-            raise BadInputError(
-                f'"{path}" was made another way ({"; ".join(other)}).\n{advice}'
-            )
+            raise BadInputError(f'"{path}" was made another way ({"; ".join(other)}).\n{advice}')
         return True
 
 

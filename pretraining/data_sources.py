@@ -221,6 +221,14 @@ class SampleStream:
         self.on_bad = on_bad
         self.position = start or Position()
         self.bad: dict[str, str] = {}
+        self._unread = 0
+
+    def skip(self, samples: int) -> None:
+        """Pass by this process's next samples without reading them: the way back to a step whose position is unknown.
+
+        Exact as long as none of them is bad; `start` is exact always.
+        """
+        self._unread += samples
 
     def __iter__(self) -> Iterator[Sample]:
         start = self.position
@@ -237,6 +245,9 @@ class SampleStream:
                 is_mine = turn >= 0 and turn % self.world_size == self.rank
                 turn += 1
                 if not is_mine:
+                    continue
+                if self._unread:
+                    self._unread -= 1
                     continue
                 sample = self._read(entry)
                 if sample is None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scenes import Scenes, coverage_maps, draw_scenes, render
+from .scenes import GROUPS, Scenes, coverage_maps, draw_scenes, render
 
 CHUNK = 2000
 
@@ -46,6 +46,13 @@ def load_pool(number: int, seed: int, folder: Path) -> ScenePool:
             os.replace(temporary, path)
     images, cover = (np.load(path, mmap_mode="r") for path in paths)
     return ScenePool(scenes, images, cover)
+
+
+def draw_singles(number: int, seed: int) -> ScenePool:
+    """The scenes with one object among `number` drawn."""
+    scenes = draw_scenes(number, seed, held_out=False)
+    scenes = scenes.take(np.flatnonzero(scenes.group == GROUPS.index("single")))
+    return ScenePool(scenes, render(scenes), np.rint(255 * coverage_maps(scenes, 32)).astype(np.uint8))
 
 
 def rows_of_step(total: int, batch_size: int, seed: int, step: int) -> np.ndarray:

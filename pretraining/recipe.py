@@ -23,7 +23,7 @@ from ..blip3o_core.models.eva_clip import EvaClip
 from ..blip3o_core.models.nextdit import NextDiT
 from .assemble import to_backbone, write_checkpoint
 from .captions import draw_caption
-from .pool import ScenePool, load_pool
+from .pool import ScenePool, draw_singles, load_pool
 from .scenes import SIDE, Scenes
 from .stages import encoder as encoder_stage
 from .stages import generation as generation_stage
@@ -231,25 +231,30 @@ class Recipe:
     def _generation_batches(
         self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool, stage: str
     ) -> Callable[[int], Batch]:
-        understanding = self.understanding()
+        understanding, image_encoder = self.understanding(), self.image_encoder()
         name, cache = self._cache_name(stage), self.folder / "cache"
-        features, _ = encode_pool(pool, self.image_encoder(), None, 1.0, cache, name)
-        prompts = encode_pool_prompts(
-            understanding,
-            self.vocabulary,
-            pool,
-            cache / f"conditioning_{name}_{self._step('understanding')}.npy",
-            0,
-        )
-        bare = encode_bare_prompt(understanding, self.vocabulary).numpy()
+        prompt_name = f"{name}_{self._step('understanding')}"
+
+        def encoded(scenes: ScenePool, which: str, colourless: float) -> tuple[np.ndarray, np.ndarray]:
+            features, _ = encode_pool(scenes, image_encoder, None, 1.0, cache, f"{which}{name}")
+            path = cache / f"conditioning_{which}{prompt_name}.npy"
+            return features, encode_pool_prompts(understanding, self.vocabulary, scenes, path, 0, colourless)
+
+        features, prompts = encoded(pool, "", 0.15)
+        singles = None
+        if config["data"].get("extra_singles"):
+            singles = encoded(
+                draw_singles(config["data"]["extra_singles"], config["data"]["seed"] + 1), "singles_", 0.4
+            )
         return generation_batches(
             features,
-            [prompts],
+            prompts,
             loop.batch_size,
             loop.seed,
             config["drop"],
-            bare=bare,
+            bare=encode_bare_prompt(understanding, self.vocabulary).numpy(),
             bare_share=config["bare_share"],
+            singles=singles,
         )
 
     def caption_ids(self, scenes: Scenes, step: int) -> Tensor:

@@ -83,7 +83,12 @@ def encode_bare_prompt(stage: UnderstandingStage, vocabulary: WordIds) -> Tensor
 
 
 def encode_pool_prompts(
-    stage: UnderstandingStage, vocabulary: WordIds, pool: ScenePool, path: Path, seed: int
+    stage: UnderstandingStage,
+    vocabulary: WordIds,
+    pool: ScenePool,
+    path: Path,
+    seed: int,
+    colourless: float = 0.15,
 ) -> np.ndarray:
     """Conditioning of one training prompt per scene, (N, Q, C) float16, kept at `path`."""
     if not path.is_file():
@@ -91,7 +96,7 @@ def encode_pool_prompts(
         for start in range(0, len(pool), 100):
             rng = np.random.default_rng((seed, start, 4))
             scenes = pool.scenes.take(slice(start, start + 100))
-            prompts = [draw_prompt(scenes, n, rng)[0] for n in range(len(scenes))]
+            prompts = [draw_prompt(scenes, n, rng, colourless=colourless)[0] for n in range(len(scenes))]
             parts.append(encode_prompts(stage, vocabulary, prompts).half().numpy())
         np.save(path, np.concatenate(parts))
     return np.load(path, mmap_mode="r")
@@ -99,38 +104,45 @@ def encode_pool_prompts(
 
 def generation_batches(
     features: np.ndarray,
-    conditionings: list[np.ndarray],
+    conditioning: np.ndarray,
     batch_size: int,
     seed: int,
     drop: float,
     *,
     bare: np.ndarray | None = None,
     bare_share: float = 0.03,
+    singles: tuple[np.ndarray, np.ndarray] | None = None,
+    singles_share: float = 0.35,
 ) -> Callable[[int], Batch]:
-    """Features with the conditioning of one of their prompts, noise, stratified levels and dropped conditioning.
+    """Features with the conditioning of their prompts, noise, stratified levels and dropped conditioning.
 
     Args:
         bare: conditioning (Q, C) of a prompt that asks for nothing. The published code steers the decoder away from
             what the DiT draws for it; here that is taught to be all zeros, the features the decoder's own dropped rows
             had, so that published guidance is plain classifier-free guidance.
+        singles: more features and conditionings, of single objects, which fill `singles_share` of each batch: their
+            sizes and their open colours are seen too rarely otherwise.
     """
 
     def batch_of(step: int) -> Batch:
         rng = np.random.default_rng((seed, step, 6))
         rows = rng.integers(len(features), size=batch_size)
-        wording = rng.integers(len(conditionings))
         place = (rng.permutation(batch_size) + rng.random(batch_size)) / batch_size
         clean = features[rows].astype(np.float32)
-        conditioning = conditionings[wording][rows].astype(np.float32)
+        prompts = conditioning[rows].astype(np.float32)
+        if singles is not None:
+            number = round(singles_share * batch_size)
+            rows = rng.integers(len(singles[0]), size=number)
+            clean[:number], prompts[:number] = singles[0][rows], singles[1][rows]
         keep = rng.random((batch_size, 1, 1)) >= drop
         if bare is not None:
             empty = rng.random(batch_size) < bare_share
-            clean[empty], conditioning[empty] = 0.0, bare
+            clean[empty], prompts[empty] = 0.0, bare
             # Half of them without conditioning: guidance extrapolates from a branch that knows zeros too.
             keep[empty] = rng.random((int(empty.sum()), 1, 1)) >= 0.5
         return {
             "features": torch.from_numpy(clean),
-            "conditioning": torch.from_numpy(conditioning),
+            "conditioning": torch.from_numpy(prompts),
             "noise": torch.from_numpy(rng.standard_normal(clean.shape, np.float32)),
             "index": torch.from_numpy((place * TRAIN_TIMESTEPS).astype(np.int64)),
             "keep": torch.from_numpy(keep.astype(np.float32)),

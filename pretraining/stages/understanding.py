@@ -563,11 +563,11 @@ def of_cells(scenes: Scenes, values: np.ndarray) -> np.ndarray:
 
 
 def draw_prompt(
-    scenes: Scenes, n: int, rng: np.random.Generator, *, held_out: bool = False
+    scenes: Scenes, n: int, rng: np.random.Generator, *, held_out: bool = False, colourless: float = 0.15
 ) -> tuple[str, bool]:
     """A prompt for scene n in a wording of the wanted side, and whether it leaves the colours open."""
     for _ in range(50):
-        caption, request = draw_caption_and_request(scenes, n, rng)
+        caption, request = draw_caption_and_request(scenes, n, rng, colourless=colourless)
         if caption_is_held_out(caption) == held_out:
             return caption, request.things[0].colour is None
     return canonical_caption(scenes, n), False

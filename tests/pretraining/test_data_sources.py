@@ -132,6 +132,27 @@ def test_the_position_of_any_process_resumes_with_any_number_of_processes(
     assert [share[step] for step in range(4) for share in again] == whole[18 : 18 + 4 * later]
 
 
+def test_skipping_comes_to_the_same_sample_as_reading_and_reads_nothing(
+    tars: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stream() -> SampleStream:
+        return SampleStream(tars, seed=5, buffer_size=6, rank=1, world_size=2)
+
+    whole = captions(stream(), 30)
+    skipping = stream()
+    samples = iter(skipping)
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(1) or real(file))
+    skipping.skip(12)  # across the end of the epoch of 17
+    assert [next(samples).caption for _ in range(3)] == whole[12:15]
+    skipping.skip(5)
+    assert next(samples).caption == whole[20]
+    assert len(opened) == 4
+    again = SampleStream(tars, seed=5, buffer_size=6, rank=1, world_size=2, start=skipping.position)
+    assert captions(again, 9) == whole[21:]
+
+
 def test_samples_of_other_processes_are_not_read(tars: Path, monkeypatch: pytest.MonkeyPatch):
     opened = []
     real = Image.open

@@ -17,7 +17,13 @@ from comfyui_blip3o.pretraining import lmms_eval_adapter as adapter
 from PIL import Image
 from tiny_models import picture, write_checkpoint
 
-QUESTIONS = ("What is this", "How many red circle", "What color is the square ?", "Describe this", "yes or no ?")
+QUESTIONS = (
+    "What is this",
+    "How many red circle",
+    "What color is the square ?",
+    "Describe this",
+    "yes or no ?",
+)
 
 
 class StandIn:
@@ -95,7 +101,9 @@ def test_answers_come_in_order_whatever_the_batches(
 ):
     model = make(batch_size=batch_size)
     lengths = [5, 9, 5, 9, 5]  # two kinds of options, mixed
-    answers = model.generate_until(asks([{"max_new_tokens": tokens, "until": ["\n\n"]} for tokens in lengths]))
+    answers = model.generate_until(
+        asks([{"max_new_tokens": tokens, "until": ["\n\n"]} for tokens in lengths])
+    )
     assert answers == [alone(pipeline, n, tokens) for n, tokens in enumerate(lengths)]
     assert len(set(answers)) > 1  # the questions do matter
     assert sorted(kept[2] for kept in model.kept) == sorted(answers)
@@ -136,7 +144,9 @@ def test_the_likeliest_answer_has_the_smallest_loss_and_is_called_greedy(
     # choose() adds up over tokens; a mean times its tokens must order and differ the same way.
     tokens = [len(pipeline.tokenizer.encode(choice)) + 1 for choice in choices]
     totals = torch.tensor([-loss * count for loss, count in zip(losses, tokens, strict=True)])
-    torch.testing.assert_close(totals.softmax(0), torch.tensor(list(probabilities.values())), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        totals.softmax(0), torch.tensor(list(probabilities.values())), atol=1e-5, rtol=1e-4
+    )
     assert not any(is_greedy for _, is_greedy in model.loglikelihood(requests))
 
 

@@ -223,7 +223,7 @@ def test_generation_loss_is_zero_for_the_true_velocity_and_not_for_a_wrong_one()
     features, conditioning = (
         np.random.default_rng(0).standard_normal((8, 64, n)).astype(np.float32) for n in (16, 32)
     )
-    batch = generation.generation_batches(features, [conditioning], 4, 0, 0.1)(0)
+    batch = generation.generation_batches(features, conditioning, 4, 0, 0.1)(0)
     stage = generation.GenerationStage(small_dit())
 
     class Oracle(torch.nn.Module):
@@ -244,7 +244,7 @@ def test_bare_prompts_are_taught_zero_features():
     features = np.ones((8, 64, 16), np.float32)
     conditioning = np.ones((8, 64, 32), np.float32)
     bare = np.full((64, 32), 7.0, np.float32)
-    batch = generation.generation_batches(features, [conditioning], 64, 0, 0.1, bare=bare, bare_share=0.5)(0)
+    batch = generation.generation_batches(features, conditioning, 64, 0, 0.1, bare=bare, bare_share=0.5)(0)
     is_bare = batch["conditioning"][:, 0, 0] == 7
     assert 10 < is_bare.sum() < 54
     assert (batch["features"][is_bare] == 0).all() and (batch["features"][~is_bare] == 1).all()
@@ -259,7 +259,7 @@ def test_a_start_dit_learns_in_every_part():
     features = np.random.default_rng(1).standard_normal((8, 64, 16)).astype(np.float32)
     conditioning = np.random.default_rng(2).standard_normal((8, 64, 32)).astype(np.float32)
     loss, _ = generation.GenerationStage(dit)(
-        generation.generation_batches(features, [conditioning], 4, 0, 0.0)(0)
+        generation.generation_batches(features, conditioning, 4, 0, 0.0)(0)
     )
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in dit.parameters())
