@@ -47,9 +47,10 @@ class Server:
     Args:
         base: its base folder.
         options: further command-line options.
+        environment: further environment variables.
     """
 
-    def __init__(self, base: Path, *options: str) -> None:
+    def __init__(self, base: Path, *options: str, environment: dict[str, str] | None = None) -> None:
         self.base = base
         self.log_path = base / "server.log"
         with socket.socket() as probe:
@@ -65,14 +66,11 @@ class Server:
             "--disable-api-nodes",
             *options,
         ]
-        environment = {
-            **os.environ,
-            "PYTHONUNBUFFERED": "1",
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        }
+        variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        variables.setdefault("OMP_NUM_THREADS", "1")
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=COMFYUI, env=environment, stdout=log, stderr=subprocess.STDOUT
+                command, cwd=COMFYUI, env=variables, stdout=log, stderr=subprocess.STDOUT
             )
         self._wait_until_up()
 
