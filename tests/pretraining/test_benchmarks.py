@@ -203,6 +203,20 @@ def test_a_hole_is_filled_with_the_same_picture(
     assert files(out) == before and len(again.calls) == 1
 
 
+def test_holes_apart_in_one_batch_are_filled_with_the_same_pictures(
+    pipeline: FakePipeline, geneval: Path, tmp_path: Path
+):
+    out = tmp_path / "out"
+    write_benchmark_images(pipeline, "geneval", geneval, out, samples=2, batch_size=14)
+    before = files(out)
+    for name in ("00001", "00004", "00005"):
+        shutil.rmtree(out / name)
+    again = FakePipeline(tmp_path)
+    assert write_benchmark_images(again, "geneval", geneval, out, samples=2, batch_size=14).drawn == 3
+    assert files(out) == before
+    assert [len(prompts) for prompts, _ in again.calls] == [1, 2]
+
+
 @pytest.mark.parametrize("change", [{"seed": 5}, {"samples": 3}, {"preset": "fast"}])
 def test_a_folder_made_another_way_is_refused(
     pipeline: FakePipeline, geneval: Path, tmp_path: Path, change: dict[str, Any]
