@@ -29,6 +29,7 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-at", type=int, help="stop after this step with a checkpoint; run again to go on"
     )
+    parser.add_argument("--no-gate", action="store_true", help="go on although a stage is below its gate")
     parser.add_argument("--seed", type=int, help="seed of weights and batches instead of the configuration's")
     parser.add_argument("--out", type=Path, help="the checkpoint folder to write (default: RUN/checkpoint)")
     real = parser.add_argument_group("image-text")
@@ -165,6 +166,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(recipe: Any, stage: str, arguments: argparse.Namespace) -> None:
+    """Train one stage to its end and hold it against its gate.
+
+    Raises:
+        TrainingDataError: the finished stage stays below its gate.
+    """
+    from accelerate import PartialState
+
+    from ..blip3o_core.errors import TrainingDataError
+    from .gates import measure
     from .loss_plot import plot_log
     from .trainer import train_stage
 
@@ -176,7 +186,22 @@ def _train(recipe: Any, stage: str, arguments: argparse.Namespace) -> None:
     job = recipe.job(stage)
     folder = arguments.run / stage
     train_stage(job.module, job.batch_of, job.loop, folder, stop_at=arguments.stop_at)
+    if not PartialState().is_main_process:
+        return
     plot_log(folder / "log.jsonl", folder / "loss.png")
+    if arguments.stop_at is not None or arguments.no_gate:
+        return
+    found = measure(recipe, stage)
+    wanted = recipe.configs[stage].get("gate", {})
+    for name, value in found.items():
+        print(f"{stage}: {name} {value:.3f} (gate {wanted.get(name, 0.0):.2f})")
+    low = [name for name, least in wanted.items() if found[name] < least]
+    if low:
+        raise TrainingDataError(
+            f'Stage "{stage}" is not good enough for the next one: '
+            + ", ".join(f"{name} {found[name]:.3f}, needed {wanted[name]:.2f}" for name in low)
+            + f".\nTrain it longer (--steps above {loop['steps']}), or go on with --no-gate."
+        )
 
 
 def _train_image_text(arguments: argparse.Namespace) -> int:
