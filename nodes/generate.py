@@ -188,6 +188,11 @@ def run_dit(
         sigmas = sigmas[steps - round(steps * strength) :]
         if len(sigmas) == 1:
             return start_features
+    if mask is not None:
+        # Averaged, so that a small mark still counts; ComfyUI's own scaling would pick single points.
+        mask = torch.nn.functional.adaptive_avg_pool2d(
+            mask.reshape(-1, 1, *mask.shape[-2:]).float(), grid_size
+        )[:, 0]
     noise = seeded_noise(item_seeds(seed, count), (config.in_channels, *grid_size))
     return run_sampler(
         dit,

@@ -136,7 +136,8 @@ def test_cancel_stops_a_long_node_at_once_and_the_next_prompt_works(
     server.run(api_graphs.text_to_image(REFERENCE, seed=60))
 
 
-def test_stock_ksamplers_drive_both_stages(server: Server):
+def stock_graph() -> dict[str, Any]:
+    """Both stages through ComfyUI's KSampler: nodes 3 and 11."""
     graph = api_graphs.text_to_image(REFERENCE)
     graph["9"] = node("EmptyLatentImage", width=1024, height=1024, batch_size=1)
     sampling = {"seed": 1, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "simple", "denoise": 1.0}
@@ -162,7 +163,21 @@ def test_stock_ksamplers_drive_both_stages(server: Server):
         **sampling,
     )
     graph["4"] = node("VAEDecode", samples=["11", 0], vae=["1", 3])
-    assert server.run(graph)["5"]["images"]
+    return graph
+
+
+def test_stock_ksamplers_drive_both_stages_and_show_stock_previews(server: Server, watcher: Socket):
+    prompt_id = server.queue(stock_graph(), watcher.client, preview_method="latent2rgb")
+    previews = {"3": 0, "11": 0}
+    running = None
+    for kind, data in watcher.until_done(prompt_id):
+        if kind == "json" and data["type"] == "executing":
+            running = data["data"]["node"]
+        if kind == "preview":
+            previews[running] += 1
+    entry = server.wait(prompt_id)
+    assert entry["outputs"]["5"]["images"], error_of(entry)
+    assert previews == {"3": 4, "11": 4}
 
 
 def test_core_trains_a_lora_on_our_model_and_both_loaders_apply_it(server: Server, base: Path):
@@ -308,6 +323,29 @@ def test_pages_and_translations_are_served(server: Server):
     assert set(server.get("/workflow_templates")["ComfyUI-BLIP3o"]) == {
         path.stem for path in (ROOT / "workflows").glob("*.json")
     }
+
+
+KEPT = {
+    "a black mask keeps everything": ({"mask": 0.0}, 1.0),
+    "strength 0 keeps everything": ({"strength": 0.0}, 1.0),
+    "a white mask draws everything anew": ({"mask": 1.0}, 0.5),
+    "strength 1 ignores the start": ({"strength": 1.0}, 0.5),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_start_features_are_kept_as_far_as_asked(server: Server, case: str):
+    settings, expected = KEPT[case]
+    graph = api_graphs.text_to_image(REFERENCE, seed=7)
+    start = {"start_features": ["3", 0], "strength": settings.get("strength", 1.0)}
+    graph["6"] = node("BLIP3oSampleFeatures", **{**_sampling("1", 1), **start, "seed": 8})
+    if "mask" in settings:
+        graph["7"] = node("SolidMask", value=settings["mask"], width=64, height=64)
+        graph["6"]["inputs"]["mask"] = ["7", 0]
+    graph["8"] = node("BLIP3oCompareFeatures", first=["3", 0], second=["6", 0])
+    graph["9"] = node("PreviewAny", source=["8", 0])
+    similarity = float(server.run(graph)["9"]["text"][0])
+    assert similarity == pytest.approx(1.0, abs=1e-5) if expected == 1.0 else similarity < 0.9999
 
 
 def test_features_survive_saving_and_loading(server: Server, base: Path):
