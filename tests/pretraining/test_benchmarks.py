@@ -229,6 +229,16 @@ def test_a_folder_made_another_way_is_refused(
     assert files(tmp_path / "out") == before
 
 
+def test_fewer_samples_than_lie_there_are_refused_even_where_seeds_agree(
+    pipeline: FakePipeline, geneval: Path, tmp_path: Path
+):
+    geneval.write_text(geneval.read_text("utf-8").splitlines()[0], "utf-8")
+    write_benchmark_images(pipeline, "geneval", geneval, tmp_path / "out", samples=4)
+    # The scorer counts every picture of a folder, so two left over would count as asked for.
+    with pytest.raises(BadInputError, match="samples 4, now 2"):
+        write_benchmark_images(pipeline, "geneval", geneval, tmp_path / "out", samples=2)
+
+
 def test_pictures_of_other_prompts_or_programs_are_refused(
     pipeline: FakePipeline, wise: Path, tmp_path: Path
 ):
