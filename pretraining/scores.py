@@ -84,7 +84,7 @@ def score_reconstruction(
         if on_progress is not None:
             on_progress("reconstructions", min(start + 16, scenes_number), scenes_number)
     every = [value for values in same.values() for value in values]
-    psnr = float(10 * np.log10(255**2 / np.mean(errors)))
+    psnr = float(10 * np.log10(255**2 / max(np.mean(errors), 1e-9)))
     groups = {
         name: {"correct": float(np.mean(values)), "pictures": len(values)} for name, values in same.items()
     }
