@@ -27,6 +27,7 @@ PICTURES = {
     "prompt_rewrite": [("SaveImage", "circle", "red")],
     "hires_fix": [("SaveImage", "circle", "red")],
     "lora_generate": [("SaveImage", "circle", "red")],
+    "lora_train_with_core_nodes": [("SaveImage", "square", "blue")],
 }
 ANSWERS = {
     "ask_about_image": {"BLIP3oAsk": ["triangle"], "BLIP3oChoose": ["yes"]},

@@ -21,7 +21,7 @@ EXPECTED = {
         "chat",
     ),
     *("image_variation", "blend_two_images", "instruction_edit", "best_of_n", "prompt_rewrite", "hires_fix"),
-    "lora_generate",
+    *("lora_generate", "lora_train_with_core_nodes"),
 }
 
 
