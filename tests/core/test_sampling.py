@@ -82,6 +82,16 @@ def test_second_order_samplers_are_closer_at_the_same_steps() -> None:
     assert max(error_of("heun", 20), error_of("ab2", 20)) < error_of("euler", 20) / 5
 
 
+def test_adams_bashforth_minds_uneven_steps() -> None:
+    """A velocity linear in sigma is followed exactly, but for the first step, which is Euler's."""
+    sigmas = sigma_schedule(9, shift=4.0).double()
+    call = iter(sigmas)
+    dit = FakeDiT(lambda grid, *_: torch.zeros_like(grid) + next(call))
+    settings = FeatureSettings(steps=9, sampler="ab2", guidance_scale=1.0, shift=4.0)
+    first_step = (sigmas[1] - sigmas[0]) ** 2 / 2
+    torch.testing.assert_close(run(dit, settings), noise() - 0.5 - first_step, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("sampler", "calls"), [("euler", 10), ("heun", 19), ("ab2", 10)])
 def test_calls_of_the_network(sampler: str, calls: int) -> None:
     dit = FakeDiT(lambda grid, *_: grid)
@@ -225,6 +235,25 @@ def test_a_mask_keeps_what_it_covers(sampler: str) -> None:
     whole = run(dit, settings, start_features=start_features(), mask=torch.ones(1, 4, 4))
     torch.testing.assert_close(whole, run(dit, settings))
     torch.testing.assert_close(result[:, :, :2], whole[:, :, :2])  # this velocity does not look across cells
+
+
+def test_what_a_mask_covers_is_as_noisy_as_the_rest_at_every_step() -> None:
+    seen: list[Tensor] = []
+
+    def velocity(grid: Tensor, *_: Tensor) -> Tensor:
+        seen.append(grid[: SHAPE[0]])
+        return grid - 3
+
+    run(
+        FakeDiT(velocity),
+        FeatureSettings(steps=5),
+        start_features=start_features(),
+        mask=torch.zeros(1, 4, 4),
+    )
+    start = to_grid(start_features(), SHAPE[2:])
+    assert len(seen) == 5
+    for grid, sigma in zip(seen, sigma_schedule(5), strict=False):
+        torch.testing.assert_close(grid, mix(start, noise(), sigma[None]))
 
 
 @pytest.mark.parametrize("sampler", FEATURE_SAMPLERS)
