@@ -41,6 +41,8 @@ if TYPE_CHECKING:  # transformers and diffusers are imported only when their com
 # Published code steers the decoder away from features drawn for a bare space, without the chat template.
 PUBLISHED_NEGATIVE_PROMPT = " "
 CACHED_NEGATIVES = 8
+# Pictures in one call of the image encoder: its activations grow with every one.
+ENCODED_AT_ONCE = 8
 
 
 class Blip3oPipeline:
@@ -368,9 +370,13 @@ class Blip3oPipeline:
             raise BadInputError("There is no picture to encode.\nGive at least one.")
         with self._on_device("image_encoder") as encoder:
             size = encoder.config.image_size
-            pixels = torch.stack([preprocess_for_image_encoder(picture, size) for picture in pictures])
-            grid = encoder(pixels.to(self.device, self.dtype))
-        return grid.flatten(2).transpose(1, 2).float()
+            grids = []
+            for rows in _batches(len(pictures), ENCODED_AT_ONCE):
+                pixels = torch.stack(
+                    [preprocess_for_image_encoder(picture, size) for picture in pictures[rows]]
+                )
+                grids.append(encoder(pixels.to(self.device, self.dtype)))
+        return torch.cat(grids).flatten(2).transpose(1, 2).float()
 
     def vary(
         self,

@@ -642,6 +642,13 @@ def test_offsets_that_contradict_the_shapes_are_damage_not_a_traceback(folder: P
             load(files)
 
 
+@pytest.mark.parametrize("model_type", ["blip3o_qwen", "blip3o_qwen_inference"])
+def test_both_published_model_types_open(folder: Path, model_type: str) -> None:
+    change_config(folder, model_type=model_type)
+    assert is_checkpoint_folder(folder)
+    assert open_checkpoint(folder).has_component("dit")
+
+
 def test_a_cheap_look_at_a_folder_never_raises(folder: Path, tmp_path: Path) -> None:
     assert is_checkpoint_folder(folder)
     assert not is_checkpoint_folder(tmp_path / "nowhere")
@@ -755,6 +762,16 @@ def test_the_description_counts_parameters_and_bytes(tiny_folder: Path) -> None:
     assert described["total_bytes"] == sum(info["bytes"] for info in described["components"].values())
     assert described["memory"]["draw"]["cards"]["8 GB"] == "fits"
     assert json.loads(json.dumps(described)) == described
+
+
+def test_the_description_counts_an_image_encoder_beside_the_checkpoint(
+    folder: Path, tower_pickle: Path
+) -> None:
+    drop_tower(folder)
+    described = describe_checkpoint(open_checkpoint(folder))
+    info = described["components"]["image_encoder"]
+    assert (info["problem"], info["bytes"]) == (None, tower_pickle.stat().st_size)
+    assert described["memory"]["vary"]["available"]
 
 
 def test_the_description_says_what_cannot_be_used(folder: Path) -> None:

@@ -325,6 +325,23 @@ def test_encoding_pictures_in_a_batch_equals_one_by_one(pipeline: Blip3oPipeline
         pipeline.encode_images([])
 
 
+def test_many_pictures_are_encoded_a_few_at_a_time(
+    pipeline: Blip3oPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    real = type(pipeline.image_encoder).forward
+
+    def forward(self: torch.nn.Module, pixels: Tensor) -> Tensor:
+        sizes.append(pixels.shape[0])
+        return real(self, pixels)
+
+    monkeypatch.setattr(type(pipeline.image_encoder), "forward", forward)
+    features = pipeline.encode_images([tiny_models.picture(seed=seed % 3) for seed in range(19)])
+    assert max(sizes) <= 8
+    assert sum(sizes) == len(features) == 19
+    assert_close(features[18], features[0])
+
+
 def test_a_start_picture_comes_back_at_strength_zero(pipeline: Blip3oPipeline) -> None:
     picture = tiny_models.picture(32, 32)
     kept = pipeline.generate("red", start_images=[picture], strength=0.0, **QUICK).images
