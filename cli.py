@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .blip3o_core.config import BUILT_IN_MODEL
 from .blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
+from .pretraining.benchmarks import add_benchmark_arguments, run_benchmark
 from .pretraining.cli import add_eval, add_pretrain, run_eval, run_pretrain
 
 if TYPE_CHECKING:  # torch takes seconds to import: only commands that compute do so
@@ -20,7 +22,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: only commands that compute d
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-BUILT_IN_MODEL = Path(__file__).parent / "blip3o_core" / "assets" / "tiny"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -67,12 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
             "Train a BLIP3-o, stage by stage; the recipe of the built-in model.",
         )
     )
-    add_eval(
+    add_eval(_command(commands, "eval", run_eval, "Score a checkpoint on the scene world."))
+    add_benchmark_arguments(
         _command(
             commands,
-            "eval",
-            run_eval,
-            "Score a checkpoint, or draw the pictures of a benchmark for its own scorer.",
+            "benchmark",
+            run_benchmark,
+            "Draw the pictures of GenEval, DPG-Bench or WISE for their own scorers.",
         )
     )
     return parser
@@ -310,6 +312,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     pipeline = _open_pipeline(arguments)
     _warn_of_other_checkpoint(pipeline, like)
     _warn_of_missing_pictures(arguments, like)
+    _warn_of_published_noise(arguments, like)
     in_prompt = [load_image(path) for path in arguments.image]
     start = [load_image(arguments.start_image)] if arguments.start_image else None
     features, pixels = _settings(arguments, like)
@@ -575,6 +578,16 @@ def _warn_of_other_checkpoint(pipeline: Blip3oPipeline, like: dict[str, Any]) ->
         print(
             f'Note: the picture was made with checkpoint "{like["checkpoint"]}" ({wanted}), another than the loaded '
             f'"{pipeline.files.name}". The new picture will differ.',
+            file=sys.stderr,
+        )
+
+
+def _warn_of_published_noise(arguments: argparse.Namespace, like: dict[str, Any]) -> None:
+    """Published code draws the decoder's negative once, from the noise of the first picture of a run."""
+    if like.get("preset") == "published" and arguments.preset in (None, "published"):
+        print(
+            f'Note: "{arguments.like}" was drawn with the preset "published", in which all pictures of a run depend on '
+            "its first picture. Unless it was the first, the new picture will differ.",
             file=sys.stderr,
         )
 

@@ -1,8 +1,12 @@
-"""Sizes of the networks written here; defaults are the published 8B checkpoint. Imports no torch."""
+"""Sizes of the networks written here, and where the built-in checkpoint lies; defaults are the published 8B checkpoint. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+# The small trained checkpoint that ships with the project.
+BUILT_IN_MODEL = Path(__file__).resolve().parent / "assets" / "tiny"
 
 
 @dataclass(frozen=True)

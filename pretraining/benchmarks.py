@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..blip3o_core.config import BUILT_IN_MODEL
 from ..blip3o_core.errors import BadInputError, MissingFilesError
 
 if TYPE_CHECKING:  # the command's parser needs the arguments below without waiting for torch
@@ -189,7 +190,9 @@ def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "prompts", type=Path, help="its own prompts: geneval .jsonl, dpg folder of .txt, wise .json"
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="checkpoint folder")
+    parser.add_argument(
+        "--model", type=Path, default=BUILT_IN_MODEL, metavar="FOLDER", help="checkpoint folder"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the pictures")
     parser.add_argument("--samples", type=int, help="geneval: pictures per prompt (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")

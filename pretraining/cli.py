@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..blip3o_core.config import BUILT_IN_MODEL
+
 STAGE_NAMES = ("encoder", "vae", "decoder", "understanding", "generation", "tuning")
 PARTS = ("prompts", "questions", "reconstruction")
-BUILT_IN_MODEL = Path(__file__).resolve().parents[1] / "blip3o_core" / "assets" / "tiny"
-BENCHMARKS = ("geneval", "dpg", "wise")
 
 
 def add_pretrain(parser: argparse.ArgumentParser) -> None:
@@ -52,23 +52,17 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     """Arguments of `blip3o eval`."""
     parser.add_argument("--model", type=Path, default=BUILT_IN_MODEL, help="checkpoint folder")
     parser.add_argument("--out", type=Path, default=Path("scores"), help="folder for scores and pictures")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, scenes and pictures (default: 0)")
     parser.add_argument("--preset", default="standard", help="standard, fast or published")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument("--prompts", type=int, default=60, help="scene world: unseen prompts per category")
     parser.add_argument("--scenes", type=int, default=100, help="scene world: unseen pictures")
     parser.add_argument(
         "--best-of", type=int, default=1, help="pictures per prompt; the model's own yes/no score picks"
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
-        "--benchmark", choices=BENCHMARKS, help="draw a benchmark's pictures instead, for its own scorer"
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to score (default: all)"
     )
-    parser.add_argument(
-        "--prompt-file", type=Path, help="the benchmark's prompts: jsonl, json, or a folder of txt files"
-    )
-    parser.add_argument("--samples", type=int, default=4, help="benchmark: pictures per prompt")
-    parser.add_argument("--shard", default="0/1", help="benchmark: this process draws part k of n, e.g. 0/4")
     parser.set_defaults(run_command=run_eval)
 
 
@@ -95,36 +89,13 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
-    """Score a checkpoint on the scene world, or draw the pictures of a benchmark."""
+    """Score a checkpoint on the scene world."""
     from tqdm import tqdm
 
     from ..blip3o_core.pipeline import load_pipeline
-    from .benchmark_files import draw_benchmark, read_shard
     from .scores import evaluate, to_markdown
 
     pipeline = load_pipeline(arguments.model, device=arguments.device)
-    if arguments.benchmark is not None:
-        from ..blip3o_core.errors import BadInputError
-
-        if arguments.prompt_file is None:
-            raise BadInputError(
-                f"The {arguments.benchmark} prompts are not part of this package.\n"
-                "Download them from the benchmark and give --prompt-file."
-            )
-        with tqdm(desc=arguments.benchmark) as bar:
-            drawn = draw_benchmark(
-                pipeline,
-                arguments.benchmark,
-                arguments.prompt_file,
-                arguments.out,
-                samples=arguments.samples,
-                seed=arguments.seed,
-                preset=arguments.preset,
-                shard=read_shard(arguments.shard),
-                on_done=lambda done, total: _advance(bar, done, total),
-            )
-        print(f"{drawn} pictures in {arguments.out}")
-        return 0
     bars: dict[str, Any] = {}
 
     def on_progress(part: str, done: int, total: int) -> None:
@@ -209,8 +180,9 @@ def _train_image_text(arguments: argparse.Namespace) -> int:
 
     from ..blip3o_core.errors import TrainingDataError
     from ..blip3o_core.pipeline import load_pipeline
+    from .data_sources import SampleStream
     from .loss_plot import plot_log
-    from .stages.image_text import ImageTextBatches, ImageTextStage, open_samples, save_trained
+    from .stages.image_text import ImageTextBatches, ImageTextStage, save_trained
     from .trainer import LoopConfig, train_stage
 
     if arguments.data is None:
@@ -228,7 +200,7 @@ def _train_image_text(arguments: argparse.Namespace) -> int:
         seed=seed,
     )
     batches = ImageTextBatches(
-        open_samples(arguments.data, seed=seed, rank=state.process_index, world=state.num_processes),
+        SampleStream(arguments.data, seed=seed, rank=state.process_index, world_size=state.num_processes),
         pipeline.tokenizer,
         image_size=pipeline.image_encoder.config.image_size,
         noise_shape=pipeline.noise_shape,

@@ -6,7 +6,6 @@ noise levels drawn evenly, the whole conditioning dropped to zero for one sample
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from ...blip3o_core.checkpoints.save import save_checkpoint
 from ...blip3o_core.flow import TRAIN_TIMESTEPS, mix, target_velocity, training_sigma
 from ...blip3o_core.images import preprocess_for_image_encoder
 from ...blip3o_core.prompts import generation_text
-from ..data import Sample, find_tars, read_folder, read_tars
+from ..data_sources import SampleStream
 from ..trainer import Batch, load_trained
 
 if TYPE_CHECKING:
@@ -57,14 +56,6 @@ class ImageTextStage(nn.Module):
         return (guess - target_velocity(features, noise)).square().float().mean(), {}
 
 
-def open_samples(folder: Path, *, seed: int, rank: int, world: int) -> Iterator[Sample]:
-    """The endless stream of a folder of tars, or of pictures with captions beside them."""
-    tars = find_tars(folder)
-    if tars:
-        return read_tars(tars, seed=seed, rank=rank, world=world)
-    return read_folder(folder, seed=seed, rank=rank, world=world)
-
-
 def save_trained(pipeline: Blip3oPipeline, stage: ImageTextStage, run: Path, folder: Path) -> Path:
     """Write a checkpoint with the averaged latent queries and DiT, and everything else as it was loaded."""
     load_trained(stage, run)
@@ -90,7 +81,7 @@ class ImageTextBatches:
 
     def __init__(
         self,
-        samples: Iterator[Sample],
+        samples: SampleStream,
         tokenizer: TextTokenizer,
         *,
         image_size: int,
@@ -100,6 +91,7 @@ class ImageTextBatches:
         seed: int,
     ) -> None:
         self.samples = samples
+        self.reader = iter(samples)
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.noise_shape = noise_shape
@@ -110,10 +102,9 @@ class ImageTextBatches:
 
     def __call__(self, step: int) -> Batch:
         assert step >= self.next_step, f"step {step} has passed, the stream stands at {self.next_step}"
-        for _ in islice(self.samples, (step - self.next_step) * self.batch_size):
-            pass
+        self.samples.skip((step - self.next_step) * self.batch_size)
         self.next_step = step + 1
-        chosen = list(islice(self.samples, self.batch_size))
+        chosen = list(islice(self.reader, self.batch_size))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         size = len(chosen)
         ids, mask = self._prompts([sample.caption for sample in chosen])

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from comfyui_blip3o.blip3o_core.errors import TrainingDataError
+from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
-from comfyui_blip3o.pretraining.cli import BUILT_IN_MODEL, main
-from comfyui_blip3o.pretraining.stages.image_text import ImageTextBatches, ImageTextStage, open_samples
+from comfyui_blip3o.pretraining.cli import main
+from comfyui_blip3o.pretraining.data_sources import SampleStream
+from comfyui_blip3o.pretraining.stages.image_text import ImageTextBatches, ImageTextStage
 from PIL import Image
 
 
@@ -54,7 +55,7 @@ def test_only_latent_queries_and_dit_learn(pictures):
 
 def batches(pipeline, pictures):
     return ImageTextBatches(
-        open_samples(pictures, seed=0, rank=0, world=1),
+        SampleStream(pictures, seed=0),
         pipeline.tokenizer,
         image_size=pipeline.image_encoder.config.image_size,
         noise_shape=pipeline.noise_shape,
@@ -84,8 +85,3 @@ def test_both_objectives_give_a_loss_and_they_differ(pictures):
 def test_missing_data_is_said_before_anything_is_loaded(tmp_path, capsys):
     assert main(["pretrain", "image-text", "--run", str(tmp_path)]) == 2
     assert "--data" in capsys.readouterr().err
-
-
-def test_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(TrainingDataError, match="There are no pictures"):
-        next(open_samples(tmp_path, seed=0, rank=0, world=1))
