@@ -179,6 +179,22 @@ def test_like_can_be_changed(model: list[str], tmp_path: Path) -> None:
     assert (described["features"]["guidance_scale"], described["features"]["steps"]) == (1.0, 2)
 
 
+def test_like_warns_that_published_pictures_depend_on_the_first_of_their_run(
+    model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = ["generate", "red", "two dogs", "--preset", "published"]
+    assert main([*published, "-o", str(tmp_path), *QUICK, *model]) == 0
+    differences = []
+    for number in (1, 2):
+        source, again = tmp_path / f"blip3o_0000{number}.png", tmp_path / f"again{number}.png"
+        capsys.readouterr()
+        assert main(["generate", "--like", str(source), "-o", str(again), "--quiet", *model]) == 0
+        assert "first picture" in capsys.readouterr().err
+        differences.append(np.abs(pixels_of(source) - pixels_of(again)).max())
+    assert differences[0] <= 1
+    assert differences[1] > 1
+
+
 def test_like_says_when_the_picture_cannot_come_out_the_same(
     model: list[str], tmp_path: Path, picture: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import random
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -488,6 +489,17 @@ def test_networks_are_loaded_when_first_needed(fresh: Blip3oPipeline) -> None:
     fresh.unload()
     assert loaded(fresh) == set()
     assert torch.equal(fresh.load().generate("red", **QUICK).images, before)
+
+
+def test_nothing_goes_to_the_network(fresh: Blip3oPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    fresh.generate("red", images=[[tiny_models.picture()]], **QUICK)
+    fresh.vary([tiny_models.picture()], pixels=QUICK["pixels"])
+    fresh.ask("What is this ?", [[tiny_models.picture()]])
 
 
 def test_half_precision_draws_nearly_the_same(tiny_folder: Path, pipeline: Blip3oPipeline) -> None:
