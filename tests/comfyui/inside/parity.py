@@ -32,7 +32,7 @@ from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint  # noq
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_dit  # noqa: E402
 from comfyui_blip3o.blip3o_core.flow import sigma_schedule  # noqa: E402
 from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_tokens  # noqa: E402
-from comfyui_blip3o.nodes import generate, load, native_decoder, native_dit  # noqa: E402
+from comfyui_blip3o.nodes import drawing, load, native_decoder, native_dit  # noqa: E402
 
 torch.set_num_threads(1)
 FOLDER = str(REFERENCE / "checkpoint")
@@ -93,12 +93,12 @@ def check_decoder() -> None:
     noise = golden["decode.noise"]
     factor = decoder.model.pixels_per_latent
     side = noise.shape[-1] * factor
-    sigmas = generate.published_sigmas(decoder, settings["steps"])
+    sigmas = drawing.published_sigmas(decoder, settings["steps"])
     features = comfy_grid(golden["text.clip_features"])
-    positive, negative = generate.decoder_conditioning(
+    positive, negative = drawing.decoder_conditioning(
         features, comfy_grid(golden["negative.clip_features"]), side, side
     )
-    latents = generate.run_sampler(
+    latents = drawing.run_sampler(
         decoder,
         noise * (1 + sigmas[0] ** 2).sqrt() / sigmas[0],
         sigmas,
@@ -131,7 +131,7 @@ def compare_unets(name: str, model: native_decoder.FeatureDecoder, theirs: torch
     expected = theirs(
         latents, timesteps, tokens, added_cond_kwargs={"text_embeds": tokens.mean(1), "time_ids": sizes}
     ).sample
-    positive, _ = generate.decoder_conditioning(comfy_grid(tokens), None, 96, 128)
+    positive, _ = drawing.decoder_conditioning(comfy_grid(tokens), None, 96, 128)
     adm = model.encode_adm(device="cpu", **positive[0][1])
     record(name, model.diffusion_model(latents, timesteps, context=tokens, y=adm), expected)
 
@@ -198,7 +198,7 @@ def check_backbone() -> None:
     for dtype in ("fp32", "bf16", "fp8"):
         handle = load.load_backbone_handle(Path(FOLDER), dtype)
         patcher = handle.patcher
-        positive, negative, blank = generate.encode_prompt(handle, texts["caption"], "", None)
+        positive, negative, blank = drawing.encode_prompt(handle, texts["caption"], "", None)
         record(f"conditioning in {dtype}", positive, golden["text.hidden_states"])
         if dtype == "fp32":
             record("blank prompt of the decoder", blank, golden["negative.hidden_states"])
@@ -206,12 +206,12 @@ def check_backbone() -> None:
             picture = (
                 torch.from_numpy(np.array(Image.open(REFERENCE / "image.png").convert("RGB"))).float() / 255
             )
-            seen, _, _ = generate.encode_prompt(
+            seen, _, _ = drawing.encode_prompt(
                 handle, "Please reconstruct the given image.", "", picture[None]
             )
             record("picture in the prompt", seen, golden["i2i.hidden_states"])
             patcher.load(torch.device("cpu"), lowvram_model_memory=1)
-            partly, _, _ = generate.encode_prompt(handle, texts["caption"], "", None)
+            partly, _, _ = drawing.encode_prompt(handle, texts["caption"], "", None)
             record("conditioning, partly loaded", partly, golden["text.hidden_states"])
         plain = [
             type(layer).__name__
