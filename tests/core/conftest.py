@@ -1,14 +1,14 @@
 """Folders and pipelines that many core tests read and none changes."""
 
-import os
 from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 from reference_set import build_reference
 
 # One thread: the networks are tiny, and two threads that wait for each other are slower than one.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
