@@ -24,7 +24,7 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 class SeededNoise:
-    """Noise of each picture from its own seeds: features and latents are independent of each other and of the batch."""
+    """Noise of each picture from its own seeds, whatever else is in the batch; features and latents have a seed each."""
 
     def __init__(self, seeds: Sequence[int], pixel_seeds: Sequence[int]) -> None:
         self._seeds, self._pixel_seeds = seeds, pixel_seeds
