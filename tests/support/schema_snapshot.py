@@ -14,7 +14,7 @@ SNAPSHOT = ROOT / "tests" / "data" / "object_info.json"
 WORKFLOWS = ROOT / "workflows"
 PREFIX = "BLIP3o"
 # Lists of files on the disk: only their fixed entries are kept.
-FILE_LISTS = {"checkpoint": ["built-in: tiny"], "lora": ["none"], "file": []}
+FILE_LISTS = {"checkpoint": ["built-in: tiny"], "lora": ["none"], "file": [], "existing_lora": ["[None]"]}
 FIELDS = (
     *("input", "input_order", "output", "output_name", "output_is_list", "output_tooltips", "output_node"),
     *("display_name", "description", "category", "search_aliases"),
@@ -43,7 +43,7 @@ def excerpt(object_info: dict[str, Any]) -> dict[str, Any]:
         entry = copy.deepcopy({field: object_info[name].get(field) for field in FIELDS})
         for group in ("required", "optional"):
             for key, definition in entry["input"].get(group, {}).items():
-                if name.startswith(PREFIX) and key in FILE_LISTS:
+                if key in FILE_LISTS and "options" in definition[1]:
                     definition[1]["options"] = FILE_LISTS[key]
         entry["input"].pop("hidden", None)
         found[name] = entry
