@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..blip3o_core.checkpoints.layout import is_checkpoint_folder
+from ..blip3o_core.config import BUILT_IN_MODEL
 from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
 
 NEEDED_COMFYUI = "0.33.0"
 MODEL_FOLDER = "blip3o"
 BUILT_IN = "built-in: tiny"
-BUILT_IN_FOLDER = Path(__file__).resolve().parents[1] / "blip3o_core" / "assets" / "tiny"
 DTYPES = {
     "auto": None,
     "bf16": torch.bfloat16,
@@ -76,7 +76,7 @@ def find_checkpoint(name: str) -> Path:
         BadInputError: the name leads out of the registered folders.
     """
     if name == BUILT_IN:
-        return BUILT_IN_FOLDER
+        return BUILT_IN_MODEL
     roots = folder_paths.get_folder_paths(MODEL_FOLDER)
     # Judged by its words, not by where it resolves to: people link big model folders to other disks.
     if Path(name).is_absolute() or ".." in Path(name).parts:
