@@ -41,11 +41,17 @@ def load_pool(number: int, seed: int, folder: Path) -> ScenePool:
         images = np.concatenate([render(part) for part in parts])
         cover = np.concatenate([np.rint(255 * coverage_maps(part, 32)).astype(np.uint8) for part in parts])
         for path, array in zip(paths, (images, cover), strict=True):
-            temporary = path.with_suffix(f".{os.getpid()}.npy")
-            np.save(temporary, array)
-            os.replace(temporary, path)
+            save_array(path, array)
     images, cover = (np.load(path, mmap_mode="r") for path in paths)
     return ScenePool(scenes, images, cover)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array so that it appears complete or not at all, whichever process is first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.npy")
+    np.save(temporary, array)
+    os.replace(temporary, path)
 
 
 def draw_singles(number: int, seed: int) -> ScenePool:

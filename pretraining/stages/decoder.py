@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...blip3o_core.images import CLIP_MEAN, CLIP_STD
-from ..pool import ScenePool, rows_of_step
+from ..pool import ScenePool, rows_of_step, save_array
 from ..trainer import Batch
 
 SCHEDULER_CONFIG = {
@@ -116,7 +116,7 @@ def encode_pool(
             if vae is not None:
                 latents.append((scaling * vae.encode(2 * pixels - 1).latent_dist.mean).half().numpy())
         for path, parts in zip(paths, (features, latents), strict=False):
-            np.save(path, np.concatenate(parts))
+            save_array(path, np.concatenate(parts))
     arrays = [np.load(path, mmap_mode="r") for path in paths]
     return arrays[0], arrays[1] if vae is not None else None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...blip3o_core.flow import TRAIN_TIMESTEPS, mix, target_velocity, training_sigma
 from ...blip3o_core.models.nextdit import NextDiT
 from ...blip3o_core.sampling import to_grid
-from ..pool import ScenePool
+from ..pool import ScenePool, save_array
 from ..trainer import Batch
 from ..vocabulary import WordIds
 from .encoder import GRID
@@ -98,7 +98,7 @@ def encode_pool_prompts(
             scenes = pool.scenes.take(slice(start, start + 100))
             prompts = [draw_prompt(scenes, n, rng, colourless=colourless)[0] for n in range(len(scenes))]
             parts.append(encode_prompts(stage, vocabulary, prompts).half().numpy())
-        np.save(path, np.concatenate(parts))
+        save_array(path, np.concatenate(parts))
     return np.load(path, mmap_mode="r")
 
 
