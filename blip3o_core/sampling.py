@@ -14,7 +14,7 @@ from .models.nextdit import DiTContext, NextDiT
 
 FEATURE_SAMPLERS = ("euler", "heun", "ab2")
 StepCallback = Callable[[int, int, Tensor], None]
-# velocity(grid, step index of the noise level, whether guidance acts there) -> (B, C, H, W)
+# velocity(grid (B, C, H, W), index of the noise level) -> (B, C, H, W)
 VelocityFunction = Callable[[Tensor, int], Tensor]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,11 +143,6 @@ def picture_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     for n, image in enumerate(images):
         sheet.paste(image, ((n % columns) * (width + 4), (n // columns) * (height + 4)))
     return sheet
-
-
-def request_fields(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as JSON-ready values."""
-    return {"tag": prompt.category, "prompt": prompt.text, **asdict(prompt.request)}
 
 
 def _group(category: str) -> int:
