@@ -393,9 +393,9 @@ def parse_config(
         BadInputError: a key or value is unknown or impossible.
     """
     tree = _deep_copy(tree)
-    _check_schema(tree)
     for override in overrides:
         _override(tree, override)
+    _check_schema(tree)
     preset = (tree.get("run") or {}).get("preset", RunConfig.preset)
     config = _build(LoraConfig, _merge(read_preset(preset), tree), "")
     return config if base is None else _resolve_paths(config, base)
@@ -563,8 +563,8 @@ def _check_ranges(config: LoraConfig) -> None:
         check["train.ema"] = (train.ema, 0, 0.999999)
     if isinstance(data.holdout, float):
         check["data.holdout"] = (data.holdout, 0, 0.5)
-    for sigma in config.validate.sigmas:
-        check["validate.sigmas"] = (sigma, 0.001, 1)
+    for place, sigma in enumerate(config.validate.sigmas):
+        check[f"validate.sigmas[{place}]"] = (sigma, 0.001, 1)
     for name, (value, low, high) in check.items():
         if not low <= value <= high:
             raise BadInputError(f"The setting {name} is {value}; it must lie between {low} and {high}.")
