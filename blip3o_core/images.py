@@ -43,15 +43,15 @@ def load_image(path: str | Path) -> Image.Image:
         ) from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any PIL picture, transparency laid on white."""
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """RGB of any PIL picture, transparency laid on a colour (a name or "#rrggbb")."""
     # 16-bit grey; Pillow below 10.3 opens it in mode I. Its own conversion would clip at 255.
     if image.mode == "I" or image.mode.startswith("I;16"):
         shades = np.asarray(image).clip(0, 65535) >> 8
         return Image.fromarray(shades.astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("RGB")
 
 

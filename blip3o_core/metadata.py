@@ -8,16 +8,29 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
 
 from .checkpoints.layout import DECODER_FOLDER, CheckpointFiles
+from .checkpoints.safetensor_files import read_header
 from .errors import BadInputError
 from .presets import Generation
 
 PNG_KEY = "blip3o"
 FORMAT_VERSION = 1
 SAMPLED_BYTES = 65536
+# What a backbone computes with beside its weights.
+TOKENIZER_NAMES = ("tokenizer.json", "vocab.json", "merges.txt")
+BACKBONE_SETTINGS = (
+    "hidden_act",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+)
 
 
 def checkpoint_fingerprint(files: CheckpointFiles) -> str:
@@ -29,12 +42,44 @@ def checkpoint_fingerprint(files: CheckpointFiles) -> str:
     paths |= set((files.folder / DECODER_FOLDER).glob("*/*.safetensors"))
     digest = hashlib.sha256()
     for path in sorted(paths):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLED_BYTES))
-            file.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(file.read(SAMPLED_BYTES))
+        _hash_ends(digest, path)
+    return digest.hexdigest()[:16]
+
+
+def component_fingerprint(
+    files: CheckpointFiles, component: str, *, image_encoder_path: Path | None = None
+) -> str:
+    """Hash of one network of a checkpoint, 16 hex digits: names, kinds, shapes and two rows of each of its tensors.
+
+    For the backbone also its tokenizer and configuration. Other networks of the checkpoint do not change it, nor does
+    the way tensors are spread over files. It tells versions apart but proves no integrity.
+
+    Args:
+        component: backbone, dit or image_encoder.
+        image_encoder_path: a separate EVA-CLIP file or its folder.
+    """
+    digest = hashlib.sha256()
+    separate = files.image_encoder_file(image_encoder_path) if component == "image_encoder" else None
+    if separate is not None and separate.suffix != ".safetensors":
+        _hash_ends(digest, separate)
+        return digest.hexdigest()[:16]
+    tensors = read_header(separate)[0] if separate else files.component_tensors(component, allow_unknown=True)
+    handles: dict[Path, Any] = {}
+    for name in sorted(tensors):
+        info = tensors[name]
+        if info.path not in handles:
+            handles[info.path] = safe_open(str(info.path), framework="pt", device="cpu")
+        digest.update(f"{name}:{info.dtype}:{info.shape}:".encode())
+        rows = handles[info.path].get_slice(info.key)
+        places = (0, info.shape[0] // 2) if info.shape and info.shape[0] else ()
+        for place in places:
+            digest.update(rows[place : place + 1].contiguous().flatten().view(torch.uint8).numpy())
+    if component == "backbone":
+        for name in TOKENIZER_NAMES:
+            if (files.folder / name).is_file():
+                digest.update((files.folder / name).read_bytes())
+        text = files.config.get("text_config") or files.config
+        digest.update(json.dumps([text.get(name) for name in BACKBONE_SETTINGS]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -91,3 +136,12 @@ def read_description(path: str | Path) -> dict[str, Any]:
     if is_newer:
         raise BadInputError(f'"{path}" was made by a newer version of this program.\nUpdate ComfyUI-BLIP3o.')
     return description
+
+
+def _hash_ends(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name}:{size}:".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(SAMPLED_BYTES))
+        file.seek(max(0, size - SAMPLED_BYTES))
+        digest.update(file.read(SAMPLED_BYTES))
