@@ -18,13 +18,23 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     """Arguments of `blip3o pretrain`."""
     parser.add_argument(
         "stage",
-        choices=(*STAGE_NAMES, "all", "assemble", "image-text"),
-        help="a stage of the recipe, all of them, the checkpoint put together, or DiT and latent queries on real data",
+        choices=(*STAGE_NAMES, "all", "assemble", "compare", "image-text"),
+        help="a stage of the recipe, all of them, the checkpoint put together, the published designs compared, or DiT "
+        "and latent queries on real data",
     )
     parser.add_argument(
         "--run", type=Path, default=Path("pretraining-run"), help="folder of the run (default: %(default)s)"
     )
-    parser.add_argument("--config", type=Path, help="YAML file of the stage; default: the embedded model's")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="YAML files of stages; default: those of the run, else the embedded model's",
+    )
+    parser.add_argument(
+        "--earlier", type=Path, help="build on encoder, VAE, decoder and backbone of this other run"
+    )
     parser.add_argument("--steps", type=int, help="steps of the stage instead of the configuration's")
     parser.add_argument(
         "--stop-at", type=int, help="stop after this step with a checkpoint; run again to go on"
@@ -32,6 +42,14 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-gate", action="store_true", help="go on although a stage is below its gate")
     parser.add_argument("--seed", type=int, help="seed of weights and batches instead of the configuration's")
     parser.add_argument("--out", type=Path, help="the checkpoint folder to write (default: RUN/checkpoint)")
+    comparison = parser.add_argument_group("compare")
+    comparison.add_argument("--rows", nargs="+", help="rows of the comparison (default: all)")
+    comparison.add_argument(
+        "--prompts", type=int, default=60, help="unseen prompts per category (default: %(default)s)"
+    )
+    comparison.add_argument(
+        "--scenes", type=int, default=100, help="unseen pictures asked about (default: %(default)s)"
+    )
     real = parser.add_argument_group("image-text")
     real.add_argument("--model", type=Path, default=BUILT_IN_MODEL, help="the checkpoint to start from")
     real.add_argument(
@@ -70,18 +88,24 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
     """Train one stage, all of them, write the checkpoint, or train on real pictures with captions."""
     if arguments.stage == "image-text":
         return _train_image_text(arguments)
-    from .recipe import STAGES, Recipe, read_config
+    from ..blip3o_core.errors import BadInputError
+    from .recipe import EARLIER, STAGES, Recipe, read_config
 
-    overrides: dict[str, dict[str, Any]] = {}
-    if arguments.config is not None:
-        config = read_config(arguments.config)
-        overrides[config["stage"]] = config
-    recipe = Recipe(arguments.run, overrides)
+    overrides = {config["stage"]: config for config in map(read_config, arguments.config)}
+    if arguments.stage == "compare":
+        return _compare(arguments, overrides)
+    recipe = Recipe(arguments.run, overrides, arguments.earlier)
     if arguments.stage == "assemble":
         folder = recipe.assemble(arguments.out or arguments.run / "checkpoint")
         print(f"Checkpoint written to {folder}")
         return 0
-    for stage in STAGES if arguments.stage == "all" else (arguments.stage,):
+    own = [stage for stage in STAGES if arguments.earlier is None or stage not in EARLIER]
+    if arguments.stage not in (*own, "all"):
+        raise BadInputError(
+            f'Stage "{arguments.stage}" is taken from the run "{arguments.earlier}" given with --earlier.\n'
+            f"Train it there (--run {arguments.earlier}), or leave --earlier away."
+        )
+    for stage in own if arguments.stage == "all" else (arguments.stage,):
         _train(recipe, stage, arguments)
     if arguments.stage == "all":
         print(f"Checkpoint written to {recipe.assemble(arguments.out or arguments.run / 'checkpoint')}")
@@ -155,7 +179,9 @@ def _train(recipe: Any, stage: str, arguments: argparse.Namespace) -> None:
     if arguments.seed is not None:
         loop["seed"] = arguments.seed
     job = recipe.job(stage)
-    folder = arguments.run / stage
+    if PartialState().is_main_process:
+        recipe.record(stage)
+    folder = recipe.stage_folder(stage)
     train_stage(job.module, job.batch_of, job.loop, folder, stop_at=arguments.stop_at)
     if not PartialState().is_main_process:
         return
@@ -173,6 +199,28 @@ def _train(recipe: Any, stage: str, arguments: argparse.Namespace) -> None:
             + ", ".join(f"{name} {found[name]:.3f}, needed {wanted[name]:.2f}" for name in low)
             + f".\nTrain it longer (--steps above {loop['steps']}), or go on with --no-gate."
         )
+
+
+def _compare(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) -> int:
+    from .compare import check_rows, compare, comparison_rows, to_markdown
+
+    rows = check_rows(comparison_rows(), arguments.rows)
+    for config in rows.values():
+        if arguments.steps is not None:
+            config["loop"] = {**config["loop"], "steps": arguments.steps}
+        if arguments.seed is not None:
+            config["loop"] = {**config["loop"], "seed": arguments.seed}
+    result = compare(
+        arguments.run,
+        rows,
+        prompts=arguments.prompts,
+        scenes=arguments.scenes,
+        seed=arguments.seed or 0,
+        overrides=overrides,
+        on_row=lambda name: print(f"Row {name}", file=sys.stderr),
+    )
+    print(to_markdown(result))
+    return 0
 
 
 def _train_image_text(arguments: argparse.Namespace) -> int:

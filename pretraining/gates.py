@@ -6,7 +6,7 @@ encoder first, then the VAE, the decoder and the backbone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..blip3o_core.decoding import PixelSettings, decode_features
 from ..blip3o_core.images import CLIP_MEAN, CLIP_STD
-from .captions import describe_question
+from .captions import Question, describe_question
 from .checker import look, matches_scene
 from .scenes import Scenes, draw_scenes, render
+from .scores import question_summary, questions_of
 from .stages.encoder import CELL, GRID
-from .stages.understanding import question_rows
+from .stages.understanding import UnderstandingStage, question_rows
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -86,27 +87,43 @@ def exact_decoder(recipe: Recipe, seed: int) -> dict[str, float]:
     return {"exact": same_scene(decode_features(decoder, features, noise=noise, settings=settings), scenes)}
 
 
-@torch.no_grad()
 def exact_descriptions(recipe: Recipe, seed: int) -> dict[str, float]:
-    """Share of full descriptions that are right to the word.
+    """Share of full descriptions that are right to the word."""
+    rng = np.random.default_rng(seed)
+    scenes = draw_scenes(4 * BATCH, seed, held_out=True)
+    questions = [[describe_question(scenes, n, rng)] for n in range(len(scenes))]
+    return {"describe": float(np.mean(right_answers(recipe.understanding(), scenes, questions)["describe"]))}
+
+
+def answer_accuracy(stage: UnderstandingStage, scenes_number: int, seed: int) -> dict[str, Any]:
+    """Share of right answers by question type: what score_questions asks a checkpoint, asked of a stage.
+
+    Returns:
+        {"types": {type: {"correct", "questions"}}, "overall": mean over the questions, "questions": number}.
+    """
+    scenes = draw_scenes(scenes_number, seed, held_out=True)
+    return question_summary(right_answers(stage, scenes, questions_of(scenes, seed)))
+
+
+@torch.no_grad()
+def right_answers(
+    stage: UnderstandingStage, scenes: Scenes, questions: list[list[Question]]
+) -> dict[str, list[bool]]:
+    """Which answers about each scene are right to the word, by type of question.
 
     Every word is predicted after the right ones before it: all are right exactly when the greedy answer is.
     """
-    stage = recipe.understanding()
-    rng = np.random.default_rng(seed)
-    scenes = draw_scenes(4 * BATCH, seed, held_out=True)
-    right = []
+    found: dict[str, list[bool]] = {}
     for start in range(0, len(scenes), BATCH):
-        part = scenes.take(slice(start, start + BATCH))
-        questions = [[describe_question(part, n, rng)] for n in range(len(part))]
-        batch = {
-            "pixels": pixels_of(part),
-            **question_rows(recipe.vocabulary, questions).tensors("picture"),
-        }
+        asked = questions[start : start + BATCH]
+        pixels = pixels_of(scenes.take(slice(start, start + BATCH)))
+        batch = {"pixels": pixels, **question_rows(stage.vocabulary, asked).tensors("picture")}
         guess = stage.backbone.lm_head(stage.picture_states(batch)[0]).argmax(-1)
         fits = (guess == batch["picture_targets"]) | (batch["picture_weights"] == 0)
-        right += fits.all(dim=1).tolist()
-    return {"describe": float(np.mean(right))}
+        for row, branch, of_scene in zip(fits, batch["picture_branch"], asked, strict=True):
+            for number, question in enumerate(of_scene, 1):
+                found.setdefault(question.type, []).append(bool(row[branch == number].all()))
+    return found
 
 
 def pixels_of(scenes: Scenes) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scenes import GROUPS, Scenes, coverage_maps, draw_scenes, render
+from .scenes import GROUPS, SIZES, Scenes, coverage_maps, draw_scenes, render
 
 CHUNK = 2000
 
@@ -54,10 +54,20 @@ def save_array(path: Path, array: np.ndarray) -> None:
     os.replace(temporary, path)
 
 
-def draw_singles(number: int, seed: int) -> ScenePool:
-    """The scenes with one object among `number` drawn."""
+def draw_singles(number: int, seed: int, small_share: float | None = None) -> ScenePool:
+    """The scenes with one object among `number` drawn.
+
+    Args:
+        small_share: share of small objects among them, reached by leaving out others; None = as the world has them.
+    """
     scenes = draw_scenes(number, seed, held_out=False)
-    scenes = scenes.take(np.flatnonzero(scenes.group == GROUPS.index("single")))
+    rows = np.flatnonzero(scenes.group == GROUPS.index("single"))
+    if small_share is not None:
+        is_small = scenes.size[rows] == SIZES.index("small")
+        others = np.flatnonzero(~is_small)
+        kept = round(is_small.sum() * (1 - small_share) / small_share)
+        rows = rows[np.sort(np.concatenate([np.flatnonzero(is_small), others[:kept]]))]
+    scenes = scenes.take(rows)
     return ScenePool(scenes, render(scenes), np.rint(255 * coverage_maps(scenes, 32)).astype(np.uint8))
 
 

@@ -1,13 +1,15 @@
 """The stages in the paper's order: what each one trains, on which data, from which earlier stages.
 
-A run folder holds one folder per stage (state.pt, log.jsonl, tensorboard/, loss.png) and `cache/` with rendered scenes
-and encoded features. Every stage reads its YAML file in configs/, or one of the user's.
+A run folder holds one folder per stage (config.yaml, state.pt, log.jsonl, tensorboard/, loss.png) and `cache/` with
+rendered scenes and encoded features. Every stage reads the user's YAML file, or the one it was trained with, or its
+file in configs/.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,16 @@ from .stages.decoder import (
     tiny_unet_config,
 )
 from .stages.encoder import EncoderStage, encoder_batches, rescale
-from .stages.generation import GenerationStage, encode_bare_prompt, encode_pool_prompts, generation_batches
+from .stages.generation import (
+    LATENT_SQUARE,
+    GenerationOptions,
+    GenerationStage,
+    encode_pool_prompts,
+    encode_prompts,
+    generation_batches,
+    latent_tokens,
+    worded_batches,
+)
 from .stages.understanding import (
     BackboneSizes,
     UnderstandingStage,
@@ -48,8 +59,11 @@ from .stages.vae import VaeStage, build_vae, vae_batches
 from .trainer import Batch, LoopConfig, load_trained
 from .vocabulary import WordIds
 
-STAGES = ("encoder", "vae", "decoder", "understanding", "generation", "tuning")
+EARLIER = ("encoder", "vae", "decoder", "understanding")
+STAGES = (*EARLIER, "generation", "tuning")
 CONFIGS = Path(__file__).parent / "configs"
+CONFIG_NAME = "config.yaml"
+STATE_NAME = "state.pt"
 
 
 @dataclass
@@ -66,20 +80,44 @@ class Recipe:
 
     Args:
         folder: the run folder.
-        overrides: stage name -> configuration that replaces the file in configs/.
+        overrides: stage name -> configuration that replaces the recorded or the shipped one.
+        earlier: another run, whose encoder, VAE, decoder and backbone this one builds on, and whose cache it shares.
     """
 
-    def __init__(self, folder: Path, overrides: dict[str, dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        earlier: Path | None = None,
+    ) -> None:
         self.folder = folder
-        self.configs = {name: read_config(CONFIGS / f"{name}.yaml") for name in STAGES}
+        self.earlier = earlier
+        self.cache = (earlier or folder) / "cache"
+        self.configs: dict[str, dict[str, Any]] = {}
+        for stage in STAGES:
+            recorded = self.stage_folder(stage) / CONFIG_NAME
+            self.configs[stage] = read_config(recorded if recorded.is_file() else CONFIGS / f"{stage}.yaml")
         self.configs.update(overrides or {})
         self.vocabulary = WordIds()
+
+    def stage_folder(self, stage: str) -> Path:
+        """Where a stage is, or will be, trained."""
+        own = self.folder / stage
+        return self.earlier / stage if self.earlier is not None and stage in EARLIER else own
+
+    def record(self, stage: str) -> None:
+        """Keep the configuration beside the stage, so that later commands build the same networks."""
+        folder = self.folder / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{CONFIG_NAME}.part"
+        temporary.write_text(yaml.safe_dump(self.configs[stage], sort_keys=False), encoding="utf-8")
+        os.replace(temporary, folder / CONFIG_NAME)
 
     def job(self, stage: str) -> Job:
         """The stage's module with its start weights, its batches and its loop.
 
         Raises:
-            BadInputError: an unknown stage.
+            BadInputError: an unknown stage or an impossible option.
             MissingFilesError: an earlier stage that this one reads has not been trained.
         """
         if stage not in STAGES:
@@ -109,12 +147,18 @@ class Recipe:
         self._load(stage, "understanding")
         return stage.eval().requires_grad_(False)
 
-    def dit(self) -> NextDiT:
-        """The trained DiT, tuned where the tuning stage has run."""
-        stage = GenerationStage(self._new_dit(self.configs["generation"]))
-        tuned = (self.folder / "tuning" / "state.pt").is_file()
-        self._load(stage, "tuning" if tuned else "generation")
-        return stage.dit.eval().requires_grad_(False)
+    def drawing(self) -> tuple[UnderstandingStage, NextDiT]:
+        """What draws: the backbone with its latent queries and the trained DiT, tuned where the tuning stage has run."""
+        tuned = (self.stage_folder("tuning") / STATE_NAME).is_file()
+        stage = self._trained_generation("tuning" if tuned else "generation")
+        stage.eval().requires_grad_(False)
+        return stage.understanding or self.understanding(), stage.dit
+
+    def generation_options(self) -> GenerationOptions:
+        """What stages d and e learn, from stage d's configuration."""
+        config = self.configs["generation"]
+        names = [field.name for field in fields(GenerationOptions)]
+        return GenerationOptions(**{name: config[name] for name in names if name in config})
 
     def decoder(self) -> Decoder:
         """The trained decoder."""
@@ -135,15 +179,24 @@ class Recipe:
         )
 
     def assemble(self, folder: Path) -> Path:
-        """Write the checkpoint of all trained stages."""
-        understanding = self.understanding()
+        """Write the checkpoint of all trained stages.
+
+        Raises:
+            BadInputError: the DiT draws VAE latents, which the published layout has no place for.
+        """
+        if self.generation_options().target != "features":
+            raise BadInputError(
+                f'The DiT of "{self.folder}" draws VAE latents; a checkpoint of the published layout needs one that '
+                'draws image features.\nTrain the generation stage with "target: features".'
+            )
+        understanding, dit = self.drawing()
         config = self.backbone_config()
         steps = {stage: self._step(stage) for stage in STAGES}
         return write_checkpoint(
             folder,
             config,
             backbone=to_backbone(understanding.backbone, understanding.latent_queries, config),
-            dit=self.dit(),
+            dit=dit,
             image_encoder=self.image_encoder(),
             decoder=self.decoder(),
             metadata={
@@ -154,7 +207,7 @@ class Recipe:
 
     def _pool(self, stage: str) -> ScenePool:
         data = self.configs[stage]["data"]
-        return load_pool(data["scenes"], data["seed"], self.folder / "cache")
+        return load_pool(data["scenes"], data["seed"], self.cache)
 
     def _new_encoder(self) -> EvaClip:
         return EvaClip(EvaClipConfig(**self.configs["encoder"]["network"]))
@@ -166,9 +219,21 @@ class Recipe:
         return UnderstandingStage(backbone, self.vocabulary, sizes.queries, config["anchor_weight"])
 
     def _new_dit(self, config: dict[str, Any]) -> NextDiT:
-        width = self.configs["encoder"]["network"]["width"]
+        channels = self.configs["encoder"]["network"]["width"]
+        if self.generation_options().target == "latents":
+            channels = LATENT_SQUARE**2 * self.configs["vae"]["network"]["latent_channels"]
         hidden = self.configs["understanding"]["network"]["hidden"]
-        return NextDiT(NextDiTConfig(in_channels=width, conditioning_dim=hidden, **config["network"]))
+        return NextDiT(NextDiTConfig(in_channels=channels, conditioning_dim=hidden, **config["network"]))
+
+    def _new_generation(self, config: dict[str, Any]) -> GenerationStage:
+        options = self.generation_options()
+        understanding = None if options.learn == "dit" else self.understanding()
+        return GenerationStage(self._new_dit(config), options, understanding)
+
+    def _trained_generation(self, stage: str) -> GenerationStage:
+        module = self._new_generation(self.configs[stage])
+        self._load(module, stage)
+        return module
 
     def _unet_config(self) -> dict[str, Any]:
         network = self.configs["decoder"]["network"]
@@ -195,9 +260,7 @@ class Recipe:
     ) -> tuple[nn.Module, Callable]:
         scaling = self.configs["vae"]["network"]["scaling_factor"]
         name = self._cache_name("decoder")
-        features, latents = encode_pool(
-            pool, self.image_encoder(), self.vae(), scaling, self.folder / "cache", name
-        )
+        features, latents = encode_pool(pool, self.image_encoder(), self.vae(), scaling, self.cache, name)
         stage = DecoderStage(build_unet(self._unet_config()), SIDE, config["drop"], config["feature_noise"])
         return stage, decoder_batches(features, latents, loop.batch_size, loop.seed, config["drop"])
 
@@ -217,44 +280,66 @@ class Recipe:
     def _generation(
         self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool
     ) -> tuple[nn.Module, Callable]:
-        dit = self._new_dit(config)
-        generation_stage.initialise(dit)
-        return GenerationStage(dit), self._generation_batches(config, loop, pool, "generation")
+        stage = self._new_generation(config)
+        generation_stage.initialise(stage.dit)
+        return stage, self._generation_batches(config, loop, pool, "generation")
 
     def _tuning(
         self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool
     ) -> tuple[nn.Module, Callable]:
-        stage = GenerationStage(self._new_dit(config))
-        self._load(stage, "generation")
-        return stage, self._generation_batches(config, loop, pool, "tuning")
+        return self._trained_generation("generation"), self._generation_batches(config, loop, pool, "tuning")
 
     def _generation_batches(
         self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool, stage: str
     ) -> Callable[[int], Batch]:
-        understanding, image_encoder = self.understanding(), self.image_encoder()
-        name, cache = self._cache_name(stage), self.folder / "cache"
-        prompt_name = f"{name}_{self._step('understanding')}"
+        options = self.generation_options()
+        data, name = config["data"], self._cache_name(stage)
+        image_encoder = self.image_encoder()
+        scaling = self.configs["vae"]["network"]["scaling_factor"]
+        vae = self.vae() if options.target == "latents" else None
 
-        def encoded(scenes: ScenePool, which: str, colourless: float) -> tuple[np.ndarray, np.ndarray]:
-            features, _ = encode_pool(scenes, image_encoder, None, 1.0, cache, f"{which}{name}")
-            path = cache / f"conditioning_{which}{prompt_name}.npy"
-            return features, encode_pool_prompts(understanding, self.vocabulary, scenes, path, 0, colourless)
+        def targets(scenes: ScenePool, which: str) -> np.ndarray:
+            features, latents = encode_pool(scenes, image_encoder, vae, scaling, self.cache, f"{which}{name}")
+            return features if latents is None else latent_tokens(latents)
 
-        features, prompts = encoded(pool, "", 0.15)
-        singles = None
-        if config["data"].get("extra_singles"):
-            singles = encoded(
-                draw_singles(config["data"]["extra_singles"], config["data"]["seed"] + 1), "singles_", 0.4
+        singles, singles_name = None, ""
+        if data.get("extra_singles"):
+            share = data.get("small_share")
+            singles = draw_singles(data["extra_singles"], data["seed"] + 1, share)
+            singles_name = f"singles_{data['extra_singles']}_{share or 'plain'}_"
+        # The decoder's negative features are what the DiT draws for the bare prompt; latents have no such decoder.
+        bare_share = config["bare_share"] if options.target == "features" else 0.0
+        if options.learn != "dit":
+            return worded_batches(
+                targets(pool, ""),
+                pool,
+                self.vocabulary,
+                self.configs["understanding"]["network"]["queries"],
+                loop.batch_size,
+                loop.seed,
+                config["drop"],
+                bare_share=bare_share,
+                singles=None if singles is None else (targets(singles, singles_name), singles.scenes),
+                questions=options.questions,
             )
+        understanding = self.understanding()
+
+        def prompts(scenes: ScenePool, which: str, colourless: float) -> np.ndarray:
+            path = self.cache / f"conditioning_{which}{name}_{self._step('understanding')}.npy"
+            return encode_pool_prompts(understanding, self.vocabulary, scenes, path, 0, colourless)
+
+        more = None
+        if singles is not None:
+            more = (targets(singles, singles_name), prompts(singles, singles_name, 0.4))
         return generation_batches(
-            features,
-            prompts,
+            targets(pool, ""),
+            prompts(pool, "", 0.15),
             loop.batch_size,
             loop.seed,
             config["drop"],
-            bare=encode_bare_prompt(understanding, self.vocabulary).numpy(),
-            bare_share=config["bare_share"],
-            singles=singles,
+            bare=encode_prompts(understanding, self.vocabulary, [None])[0].numpy() if bare_share else None,
+            bare_share=bare_share,
+            singles=more,
         )
 
     def caption_ids(self, scenes: Scenes, step: int) -> Tensor:
@@ -269,16 +354,17 @@ class Recipe:
         return f"{data['scenes']}_{data['seed']}_{self._step('encoder')}_{self._step('vae')}"
 
     def _step(self, stage: str) -> int:
-        path = self.folder / stage / "state.pt"
+        path = self.stage_folder(stage) / STATE_NAME
         return torch.load(path, map_location="cpu", weights_only=True)["step"] if path.is_file() else 0
 
     def _load(self, module: nn.Module, stage: str) -> None:
-        if not (self.folder / stage / "state.pt").is_file():
+        folder = self.stage_folder(stage)
+        if not (folder / STATE_NAME).is_file():
             raise MissingFilesError(
-                f'Stage "{stage}" has not been trained in "{self.folder}" (no {stage}/state.pt).\n'
+                f'Stage "{stage}" has not been trained in "{self.folder}" (no {stage}/{STATE_NAME}).\n'
                 f'Run "blip3o pretrain {stage} --run {self.folder}" first.'
             )
-        load_trained(module, self.folder / stage)
+        load_trained(module, folder)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from ..blip3o_core.understanding import AnswerSettings
-from .captions import describe_question, draw_questions, match_question
+from .captions import Question, describe_question, draw_questions, match_question
 from .checker import look, matches_scene
 from .geneval import CATEGORIES, category_prompts, picture_grid, score_prompts, summary
-from .scenes import GROUPS, draw_scenes, render
+from .scenes import GROUPS, Scenes, draw_scenes, render
 
 if TYPE_CHECKING:
     from ..blip3o_core.pipeline import Blip3oPipeline
@@ -33,20 +33,11 @@ def score_questions(
     """Share of exactly right answers by question type, on scenes with object pairs training never showed.
 
     Returns:
-        {"types": {type: {"correct", "questions"}}, "overall": mean over the types, "questions": number}.
+        {"types": {type: {"correct", "questions"}}, "overall": mean over the questions, "questions": number}.
     """
     scenes = draw_scenes(scenes_number, seed, held_out=True)
     pictures = [Image.fromarray(image) for image in render(scenes)]
-    rng = np.random.default_rng((seed, 7))
-    asked = [
-        (n, question)
-        for n in range(scenes_number)
-        for question in [
-            describe_question(scenes, n, rng),
-            match_question(scenes, n, rng),
-            *draw_questions(scenes, n, rng),
-        ]
-    ]
+    asked = [(n, question) for n, of_scene in enumerate(questions_of(scenes, seed)) for question in of_scene]
     right: dict[str, list[bool]] = {}
     settings = AnswerSettings(max_new_tokens=LONGEST_ANSWER)
     for start in range(0, len(asked), QUESTION_BATCH):
@@ -56,6 +47,20 @@ def score_questions(
             right.setdefault(question.type, []).append(answer.strip().lower() == question.answer)
         if on_progress is not None:
             on_progress("questions", min(start + QUESTION_BATCH, len(asked)), len(asked))
+    return question_summary(right)
+
+
+def questions_of(scenes: Scenes, seed: int) -> list[list[Question]]:
+    """For each scene a description, a match and one question of every type that it can answer."""
+    rng = np.random.default_rng((seed, 7))
+    return [
+        [describe_question(scenes, n, rng), match_question(scenes, n, rng), *draw_questions(scenes, n, rng)]
+        for n in range(len(scenes))
+    ]
+
+
+def question_summary(right: dict[str, list[bool]]) -> dict[str, Any]:
+    """Shares of right answers by type, and of all questions."""
     types = {
         name: {"correct": float(np.mean(values)), "questions": len(values)}
         for name, values in sorted(right.items())

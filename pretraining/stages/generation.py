@@ -1,45 +1,143 @@
-"""Stage d: the DiT learns to carry noise to image features, reading a frozen backbone's states at the latent queries.
+"""Stage d: the DiT learns to carry noise to image features, reading the backbone's states at the latent queries.
 
-Letters: B rows, Q = 64 latent queries, C backbone width, T = 64 features, W feature width.
+Letters: B rows, Q = 64 latent queries, C backbone width, T = 64 tokens of the grid, W their width, c latent channels.
+
+What the paper compares is chosen by `GenerationOptions`: image features or VAE latents as the target, flow matching or
+plain regression, and which parts learn beside the DiT.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...blip3o_core.errors import BadInputError
 from ...blip3o_core.flow import TRAIN_TIMESTEPS, mix, target_velocity, training_sigma
 from ...blip3o_core.models.nextdit import NextDiT
-from ...blip3o_core.sampling import to_grid
-from ..pool import ScenePool, save_array
+from ...blip3o_core.sampling import check_choice, check_range, to_grid
+from ..pool import ScenePool, rows_of_step, save_array
+from ..scenes import Scenes
 from ..trainer import Batch
 from ..vocabulary import WordIds
 from .encoder import GRID
-from .understanding import UnderstandingStage, draw_prompt, prompt_rows
+from .understanding import UnderstandingStage, draw_prompt, picture_batch, prompt_rows
+
+OBJECTIVES = ("flow", "mse")
+TARGETS = ("features", "latents")
+LEARNERS = ("dit", "queries", "backbone")
+LATENT_SQUARE = 2  # latents whose sides are twice the grid's become tokens of four times the channels
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What the generation stage learns; the defaults are the embedded model's.
+
+    Attributes:
+        target: "features" of the image encoder (the paper's choice) or the VAE's "latents", which need no UNet.
+        objective: "flow" (the paper's choice) or "mse": regress the target from pure noise, in one step.
+        learn: "dit" alone; "queries": the latent queries too, as published; "backbone": all that reads a prompt.
+        questions: with "backbone", pictures with questions in each batch beside the prompts: joint training.
+
+    Raises:
+        BadInputError: an unknown choice, or questions for a backbone that does not learn.
+    """
+
+    target: str = "features"
+    objective: str = "flow"
+    learn: str = "dit"
+    questions: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("target", self.target, TARGETS)
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("learn", self.learn, LEARNERS)
+        check_range("questions", self.questions, 0, 10_000)
+        if self.questions and self.learn != "backbone":
+            raise BadInputError(
+                f'questions is {self.questions} while learn is "{self.learn}": only a backbone that learns is asked.\n'
+                "Set learn: backbone, or questions: 0."
+            )
 
 
 class GenerationStage(nn.Module):
-    """Flow matching on image features: MSE to the velocity at a random noise level."""
+    """MSE to the velocity at a random noise level, and of answers where understanding is trained jointly.
 
-    def __init__(self, dit: NextDiT) -> None:
+    Args:
+        understanding: backbone and latent queries, where any of them learns; without them the batches bring ready
+            conditioning.
+    """
+
+    def __init__(
+        self,
+        dit: NextDiT,
+        options: GenerationOptions | None = None,
+        understanding: UnderstandingStage | None = None,
+    ) -> None:
         super().__init__()
         self.dit = dit
+        self.options = options or GenerationOptions()
+        assert (understanding is None) == (self.options.learn == "dit"), self.options
+        self.understanding = understanding
+        if understanding is not None:
+            understanding.requires_grad_(False)
+            understanding.latent_queries.requires_grad_(True)
+            if self.options.questions:
+                understanding.requires_grad_(True)
+                understanding.layout_head.requires_grad_(False)
+            elif self.options.learn == "backbone":
+                understanding.backbone.model.language_model.requires_grad_(True)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        features = to_grid(batch["features"], (GRID, GRID))
-        noise = to_grid(batch["noise"], (GRID, GRID))
-        sigma = training_sigma(batch["index"])
-        guess = self.dit(
-            mix(features, noise, sigma), sigma * TRAIN_TIMESTEPS, batch["conditioning"] * batch["keep"]
+        if self.understanding is None:
+            conditioning = batch["conditioning"]
+        else:
+            conditioning = self.understanding.at_queries(self.understanding.prompt_states(batch), batch)
+        clean, noise = (to_grid(batch[name], (GRID, GRID)) for name in ("clean", "noise"))
+        error, sigma = velocity_error(
+            self.dit, clean, noise, batch["index"], conditioning * batch["keep"], self.options.objective
         )
-        error = (guess - target_velocity(features, noise)).square().mean(dim=(1, 2, 3))
         early = sigma > 0.7
-        return error.mean(), {"early": (error * early).sum() / early.sum().clamp(min=1)}
+        numbers = {"drawing": error.mean(), "early": (error * early).sum() / early.sum().clamp(min=1)}
+        if not self.options.questions:
+            return error.mean(), numbers
+        understood, more = self.understanding.picture_loss(batch)
+        return error.mean() + understood, {**numbers, **more}
+
+
+def velocity_error(
+    dit: NextDiT, clean: Tensor, noise: Tensor, index: Tensor, conditioning: Tensor, objective: str
+) -> tuple[Tensor, Tensor]:
+    """Squared error of the velocity per sample (B,), in float32, and its sigma (B,).
+
+    Args:
+        clean, noise: (B, W, H, W).
+        index: training timesteps (B,), 0 = pure noise.
+        objective: "flow", or "mse": at pure noise, where the error of the velocity is the error of what one step
+            without guidance draws.
+    """
+    sigma = training_sigma(index)
+    if objective == "mse":
+        sigma = torch.ones_like(sigma)
+    guess = dit(mix(clean, noise, sigma), sigma * TRAIN_TIMESTEPS, conditioning)
+    return (guess - target_velocity(clean, noise)).float().square().mean(dim=(1, 2, 3)), sigma
+
+
+def latent_tokens(latents: np.ndarray) -> np.ndarray:
+    """VAE latents (N, c, 16, 16) as tokens of the DiT's grid, row major: (N, T, 4 c)."""
+    number, channels = latents.shape[:2]
+    squares = latents.reshape(number, channels, GRID, LATENT_SQUARE, GRID, LATENT_SQUARE)
+    return squares.transpose(0, 2, 4, 1, 3, 5).reshape(number, GRID * GRID, channels * LATENT_SQUARE**2)
+
+
+def tokens_to_latents(tokens: Tensor) -> Tensor:
+    """Back from latent_tokens: (B, T, 4 c) -> (B, c, 16, 16)."""
+    return torch.nn.functional.pixel_shuffle(to_grid(tokens, (GRID, GRID)), LATENT_SQUARE)
 
 
 def initialise(dit: NextDiT) -> None:
@@ -63,23 +161,11 @@ def initialise(dit: NextDiT) -> None:
 
 
 @torch.no_grad()
-def encode_prompts(stage: UnderstandingStage, vocabulary: WordIds, prompts: list[str]) -> Tensor:
-    """Conditioning of prompts in the published template, (B, Q, C)."""
+def encode_prompts(stage: UnderstandingStage, vocabulary: WordIds, prompts: Sequence[str | None]) -> Tensor:
+    """Conditioning of prompts in the published template, (B, Q, C); None = no prompt: `[IMG]` and the queries alone."""
     queries = stage.latent_queries.shape[1]
     batch = prompt_rows(vocabulary, prompts, [None] * len(prompts), queries).tensors("prompt")
-    hidden_states = stage.prompt_states(batch)
-    at_queries = (batch["prompt_ids"] == stage.query_token)[..., None]
-    return hidden_states.masked_select(at_queries).view(len(prompts), queries, -1)
-
-
-@torch.no_grad()
-def encode_bare_prompt(stage: UnderstandingStage, vocabulary: WordIds) -> Tensor:
-    """Conditioning of a prompt of one space without the chat template: `[IMG]` and the queries alone, (Q, C)."""
-    queries = stage.latent_queries.shape[1]
-    ids = torch.tensor([[vocabulary.ids["[IMG]"]] + [stage.query_token] * queries])
-    positions = torch.arange(queries + 1).expand(1, 3, -1)
-    batch = {"prompt_ids": ids, "prompt_positions": positions, "prompt_branch": torch.zeros_like(ids)}
-    return stage.prompt_states(batch)[0, 1:]
+    return stage.at_queries(stage.prompt_states(batch), batch)
 
 
 def encode_pool_prompts(
@@ -103,7 +189,7 @@ def encode_pool_prompts(
 
 
 def generation_batches(
-    features: np.ndarray,
+    targets: np.ndarray,
     conditioning: np.ndarray,
     batch_size: int,
     seed: int,
@@ -114,21 +200,22 @@ def generation_batches(
     singles: tuple[np.ndarray, np.ndarray] | None = None,
     singles_share: float = 0.35,
 ) -> Callable[[int], Batch]:
-    """Features with the conditioning of their prompts, noise, stratified levels and dropped conditioning.
+    """Targets with the conditioning of their prompts, noise, stratified levels and dropped conditioning.
 
     Args:
+        targets: image features, or latents as tokens, (N, T, W).
         bare: conditioning (Q, C) of a prompt that asks for nothing. The published code steers the decoder away from
             what the DiT draws for it; here that is taught to be all zeros, the features the decoder's own dropped rows
             had, so that published guidance is plain classifier-free guidance.
-        singles: more features and conditionings, of single objects, which fill `singles_share` of each batch: their
+        singles: more targets and conditionings, of single objects, which fill `singles_share` of each batch: their
             sizes and their open colours are seen too rarely otherwise.
     """
 
     def batch_of(step: int) -> Batch:
         rng = np.random.default_rng((seed, step, 6))
-        rows = rng.integers(len(features), size=batch_size)
-        place = (rng.permutation(batch_size) + rng.random(batch_size)) / batch_size
-        clean = features[rows].astype(np.float32)
+        rows = rng.integers(len(targets), size=batch_size)
+        place = _levels(rng, batch_size)
+        clean = targets[rows].astype(np.float32)
         prompts = conditioning[rows].astype(np.float32)
         if singles is not None:
             number = round(singles_share * batch_size)
@@ -136,16 +223,80 @@ def generation_batches(
             clean[:number], prompts[:number] = singles[0][rows], singles[1][rows]
         keep = rng.random((batch_size, 1, 1)) >= drop
         if bare is not None:
-            empty = rng.random(batch_size) < bare_share
-            clean[empty], prompts[empty] = 0.0, bare
-            # Half of them without conditioning: guidance extrapolates from a branch that knows zeros too.
-            keep[empty] = rng.random((int(empty.sum()), 1, 1)) >= 0.5
+            empty = _bare_rows(rng, clean, keep, bare_share)
+            prompts[empty] = bare
         return {
-            "features": torch.from_numpy(clean),
+            "clean": torch.from_numpy(clean),
             "conditioning": torch.from_numpy(prompts),
             "noise": torch.from_numpy(rng.standard_normal(clean.shape, np.float32)),
-            "index": torch.from_numpy((place * TRAIN_TIMESTEPS).astype(np.int64)),
+            "index": place,
             "keep": torch.from_numpy(keep.astype(np.float32)),
         }
 
     return batch_of
+
+
+def worded_batches(
+    targets: np.ndarray,
+    pool: ScenePool,
+    vocabulary: WordIds,
+    queries: int,
+    batch_size: int,
+    seed: int,
+    drop: float,
+    *,
+    bare_share: float = 0.03,
+    singles: tuple[np.ndarray, Scenes] | None = None,
+    singles_share: float = 0.35,
+    questions: int = 0,
+) -> Callable[[int], Batch]:
+    """generation_batches for a backbone or latent queries that learn: prompts as words, a new wording each time.
+
+    Args:
+        bare_share: rows with the bare prompt, 0 = none.
+        singles: more targets with their scenes.
+        questions: pictures with questions beside the prompts.
+    """
+
+    def batch_of(step: int) -> Batch:
+        rng = np.random.default_rng((seed, step, 8))
+        rows = rng.integers(len(targets), size=batch_size)
+        place = _levels(rng, batch_size)
+        clean = targets[rows].astype(np.float32)
+        prompts: list[str | None] = [draw_prompt(pool.scenes, n, rng)[0] for n in rows]
+        if singles is not None:
+            number = round(singles_share * batch_size)
+            rows = rng.integers(len(singles[0]), size=number)
+            clean[:number] = singles[0][rows]
+            prompts[:number] = [draw_prompt(singles[1], n, rng, colourless=0.4)[0] for n in rows]
+        keep = rng.random((batch_size, 1, 1)) >= drop
+        if bare_share:
+            for n in np.flatnonzero(_bare_rows(rng, clean, keep, bare_share)):
+                prompts[n] = None
+        batch = {
+            "clean": torch.from_numpy(clean),
+            "noise": torch.from_numpy(rng.standard_normal(clean.shape, np.float32)),
+            "index": place,
+            "keep": torch.from_numpy(keep.astype(np.float32)),
+            **prompt_rows(vocabulary, prompts, [None] * batch_size, queries).tensors("prompt"),
+        }
+        if questions:
+            batch.update(picture_batch(pool, rows_of_step(len(pool), questions, seed, step), vocabulary, rng))
+        return batch
+
+    return batch_of
+
+
+def _levels(rng: np.random.Generator, batch_size: int) -> Tensor:
+    """Training timesteps (B,), one from each of B equal parts of the path."""
+    place = (rng.permutation(batch_size) + rng.random(batch_size)) / batch_size
+    return torch.from_numpy((place * TRAIN_TIMESTEPS).astype(np.int64))
+
+
+def _bare_rows(rng: np.random.Generator, clean: np.ndarray, keep: np.ndarray, share: float) -> np.ndarray:
+    """Choose rows (B,) for the bare prompt, and make their targets zero in place."""
+    empty = rng.random(len(clean)) < share
+    clean[empty] = 0.0
+    # Half of them without conditioning: guidance extrapolates from a branch that knows zeros too.
+    keep[empty] = rng.random((int(empty.sum()), 1, 1)) >= 0.5
+    return empty

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ...blip3o_core.checkpoints.save import save_checkpoint
-from ...blip3o_core.flow import TRAIN_TIMESTEPS, mix, target_velocity, training_sigma
+from ...blip3o_core.flow import TRAIN_TIMESTEPS
 from ...blip3o_core.images import preprocess_for_image_encoder
 from ...blip3o_core.prompts import generation_text
 from ..data_sources import SampleStream
 from ..trainer import Batch, load_trained
+from .generation import OBJECTIVES, velocity_error
 
 if TYPE_CHECKING:
     from ...blip3o_core.pipeline import Blip3oPipeline
@@ -30,12 +31,13 @@ class ImageTextStage(nn.Module):
 
     Args:
         pipeline: a loaded checkpoint; its backbone (but for the latent queries), image encoder and decoder stay frozen.
-        objective: "flow" (the paper's choice) or "mse" (regress the features from pure noise).
+        objective: "flow" (the paper's choice) or "mse" (regress the features from pure noise; such a checkpoint draws
+            with one step and guidance 1).
     """
 
     def __init__(self, pipeline: Blip3oPipeline, objective: str = "flow") -> None:
         super().__init__()
-        assert objective in ("flow", "mse"), objective
+        assert objective in OBJECTIVES, objective
         self.backbone = pipeline.backbone.requires_grad_(False)
         self.image_encoder = pipeline.image_encoder.requires_grad_(False)
         self.dit = pipeline.dit.requires_grad_(True)
@@ -47,13 +49,15 @@ class ImageTextStage(nn.Module):
             features = self.image_encoder(batch["pixels"])
             embeddings = self.backbone.embed(batch["ids"])
         conditioning = self.backbone.encode_conditioning(embeddings, batch["mask"])
-        noise, sigma = batch["noise"], training_sigma(batch["index"])
-        if self.objective == "mse":
-            sigma = torch.ones_like(sigma)
-        guess = self.dit(mix(features, noise, sigma), sigma * TRAIN_TIMESTEPS, conditioning * batch["keep"])
-        if self.objective == "mse":
-            return (noise - guess - features).square().float().mean(), {}
-        return (guess - target_velocity(features, noise)).square().float().mean(), {}
+        error, _ = velocity_error(
+            self.dit,
+            features,
+            batch["noise"],
+            batch["index"],
+            conditioning * batch["keep"],
+            self.objective,
+        )
+        return error.mean(), {}
 
 
 def save_trained(pipeline: Blip3oPipeline, stage: ImageTextStage, run: Path, folder: Path) -> Path:

@@ -255,6 +255,7 @@ class UnderstandingStage(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.vocabulary = vocabulary
         hidden = backbone.model.language_model.config.hidden_size
         visual_hidden = backbone.model.visual.config.hidden_size
         self.latent_queries = nn.Parameter(0.3 * torch.randn(1, queries, hidden))
@@ -361,8 +362,7 @@ class UnderstandingStage(nn.Module):
         if self._anchor:
             with torch.no_grad():
                 before = self._anchor[0].prompt_states(batch)
-            at_queries = batch["prompt_ids"] == self.query_token
-            anchor = (hidden_states[at_queries] - before[at_queries]).square().mean()
+            anchor = self.at_queries(hidden_states - before, batch).square().mean()
         layout = ((guess - batch["layout"]).square() * weight).sum() / weight.sum()
         kind = _kind_loss(guess, batch["layout_kind"])
         loss = 0.5 * words + layout + 0.3 * kind + self.anchor_weight * anchor
@@ -376,10 +376,12 @@ class UnderstandingStage(nn.Module):
 
     def read_layout(self, hidden_states: Tensor, batch: Batch) -> Tensor:
         """What the hidden states at the queries say per cell, (B, T, D)."""
-        at_queries = (batch["prompt_ids"] == self.query_token)[..., None]
-        width = hidden_states.shape[-1]
-        conditioning = hidden_states.masked_select(at_queries).view(len(hidden_states), -1, width)
-        return self.layout_head(conditioning)
+        return self.layout_head(self.at_queries(hidden_states, batch))
+
+    def at_queries(self, hidden_states: Tensor, batch: Batch) -> Tensor:
+        """Hidden states of prompt rows at the latent queries, (B, Q, C): the conditioning."""
+        there = (batch["prompt_ids"] == self.query_token)[..., None]
+        return hidden_states.masked_select(there).view(len(hidden_states), -1, hidden_states.shape[-1])
 
     def _word_loss(self, hidden_states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         learn = weights > 0
@@ -520,12 +522,22 @@ def known_of(scenes: Scenes, n: int, k: int) -> np.ndarray:
     return known
 
 
-def prompt_rows(vocabulary: WordIds, prompts: list[str], answers: list[str | None], queries: int) -> Rows:
-    """One row per prompt: its description as one branch, `[IMG]` and the latent queries as the other."""
+def prompt_rows(
+    vocabulary: WordIds, prompts: Sequence[str | None], answers: Sequence[str | None], queries: int
+) -> Rows:
+    """One row per prompt: its description as one branch, `[IMG]` and the latent queries as the other.
+
+    Args:
+        prompts: None = the bare prompt of the decoder's negative features: no chat template, no word.
+        answers: descriptions to learn; None = no such branch.
+    """
     rows = Rows()
     end = [vocabulary.ids["<|im_end|>"]]
     behind = [vocabulary.ids["[IMG]"]] + [vocabulary.ids["[/IMG]"]] * queries
     for prompt, answer in zip(prompts, answers, strict=True):
+        if prompt is None:
+            rows.begin(behind, np.stack([np.arange(len(behind))] * 3), len(behind))
+            continue
         ids = vocabulary(generation_text(prompt))
         rows.begin(ids[:-1], np.stack([np.arange(len(ids) - 1)] * 3), len(ids) - 1)
         if answer is not None:
@@ -602,20 +614,24 @@ def understanding_batches(
 
     def batch_of(step: int) -> Batch:
         rng = np.random.default_rng((seed, step, 2))
-        rows = rows_of_step(len(pool), batch_size, seed, step)
-        scenes = pool.scenes.take(rows)
-        questions = [pick_questions(scenes, n, rng) for n in range(batch_size)]
+        pictures = picture_batch(pool, rows_of_step(len(pool), batch_size, seed, step), vocabulary, rng)
         prompt_scenes = pool.scenes.take(rows_of_step(len(pool), prompts, seed + 1, step))
-        return {
-            "pixels": pool.pixels(rows),
-            "code": torch.from_numpy(semantic_code(scenes, pool.coverage[rows])),
-            "kind": torch.from_numpy(of_cells(scenes, scenes.kind)),
-            "colour": torch.from_numpy(of_cells(scenes, scenes.colour)),
-            **question_rows(vocabulary, questions, scenes).tensors("picture"),
-            **prompt_batch(vocabulary, prompt_scenes, rng, queries),
-        }
+        return {**pictures, **prompt_batch(vocabulary, prompt_scenes, rng, queries)}
 
     return batch_of
+
+
+def picture_batch(pool: ScenePool, rows: np.ndarray, vocabulary: WordIds, rng: np.random.Generator) -> Batch:
+    """These pictures with questions, and what the helpers of the stage read off them."""
+    scenes = pool.scenes.take(rows)
+    questions = [pick_questions(scenes, n, rng) for n in range(len(rows))]
+    return {
+        "pixels": pool.pixels(rows),
+        "code": torch.from_numpy(semantic_code(scenes, pool.coverage[rows])),
+        "kind": torch.from_numpy(of_cells(scenes, scenes.kind)),
+        "colour": torch.from_numpy(of_cells(scenes, scenes.colour)),
+        **question_rows(vocabulary, questions, scenes).tensors("picture"),
+    }
 
 
 class _Middle:

@@ -1,12 +1,17 @@
 """The whole recipe at toy size: every stage runs, resumes, is gated, and the result loads like a published checkpoint."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from comfyui_blip3o.blip3o_core.errors import BadInputError, MissingFilesError
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from comfyui_blip3o.pretraining.cli import main
+from comfyui_blip3o.pretraining.compare import Drawer, check_rows, comparison_rows
+from comfyui_blip3o.pretraining.geneval import CATEGORIES
 from comfyui_blip3o.pretraining.recipe import CONFIGS, STAGES, Recipe, read_config
 
 TOY = {
@@ -38,19 +43,62 @@ def toy(stage):
     return config
 
 
-def test_all_stages_run_in_order_and_make_a_checkpoint_that_draws_and_answers(tmp_path):
-    from comfyui_blip3o.pretraining.trainer import train_stage
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder in which one command has trained all stages."""
+    folder = tmp_path_factory.mktemp("pretraining")
+    paths = [folder / f"{stage}.yaml" for stage in STAGES]
+    for stage, path in zip(STAGES, paths, strict=True):
+        path.write_text(yaml.safe_dump(toy(stage)))
+    files = [str(path) for path in paths]
+    assert main(["pretrain", "all", "--run", str(folder / "run"), "--no-gate", "--config", *files]) == 0
+    return folder / "run"
 
-    recipe = Recipe(tmp_path / "run", {stage: toy(stage) for stage in STAGES})
+
+def test_one_command_trains_all_stages_to_a_checkpoint_that_draws_and_answers(run):
     for stage in STAGES:
-        job = recipe.job(stage)
-        train_stage(job.module, job.batch_of, job.loop, tmp_path / "run" / stage)
-    folder = recipe.assemble(tmp_path / "checkpoint")
-    pipeline = load_pipeline(folder, device="cpu")
+        assert torch.load(run / stage / "state.pt", weights_only=True)["step"] == 2
+        assert (run / stage / "loss.png").is_file()
+    pipeline = load_pipeline(run / "checkpoint", device="cpu")
     drawn = pipeline.generate("a red circle", preset="fast")
     assert drawn.images.shape == (1, 128, 128, 3)
     assert isinstance(pipeline.ask("what is this?", [[drawn.pictures[0]]])[0], str)
     assert pipeline.encode_images(drawn.pictures).shape == (1, 64, 48)
+    tuned = torch.load(run / "tuning" / "state.pt", weights_only=True)["average"]
+    for name, tensor in pipeline.dit.state_dict().items():
+        assert torch.equal(tensor, tuned[f"dit.{name}"].bfloat16().to(tensor)), name
+
+
+def test_a_run_remembers_the_configurations_it_was_trained_with(run):
+    recipe = Recipe(run)
+    assert recipe.configs["generation"]["network"] == TOY["generation"]["network"]
+    assert recipe.drawing()[1].config.dim == 32
+
+
+def test_another_run_builds_on_the_earlier_stages(run, tmp_path):
+    config = {**toy("generation"), "learn": "queries"}
+    (tmp_path / "queries.yaml").write_text(yaml.safe_dump(config))
+    mine = ["--run", str(tmp_path / "mine"), "--earlier", str(run)]
+    assert main(["pretrain", "generation", *mine, "--config", str(tmp_path / "queries.yaml")]) == 0
+    assert main(["pretrain", "assemble", *mine]) == 0
+    before, after = (
+        load_pipeline(path, device="cpu") for path in (run / "checkpoint", tmp_path / "mine/checkpoint")
+    )
+    old, new = before.backbone.state_dict(), after.backbone.state_dict()
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {"latent_queries"}
+    assert not (tmp_path / "mine" / "encoder").exists()
+
+
+def test_an_earlier_stage_is_not_trained_into_another_run(run, tmp_path, capsys):
+    assert main(["pretrain", "vae", "--run", str(tmp_path), "--earlier", str(run)]) == 2
+    assert 'Stage "vae" is taken from the run' in capsys.readouterr().err
+
+
+def test_a_dit_of_latents_cannot_become_a_checkpoint(run, tmp_path):
+    recipe = Recipe(tmp_path, {"generation": {**toy("generation"), "target": "latents"}}, earlier=run)
+    assert recipe.job("generation").batch_of(0)["clean"].shape == (4, 64, 16)
+    with pytest.raises(BadInputError, match="draws VAE latents"):
+        recipe.assemble(tmp_path / "checkpoint")
 
 
 def test_a_stage_without_its_forerunner_says_which_command_is_missing(tmp_path):
@@ -83,3 +131,64 @@ def test_foreign_configurations_are_refused(tmp_path):
         read_config(tmp_path / "x.yaml")
     with pytest.raises(BadInputError, match='no stage "nonsense"'):
         Recipe(tmp_path).job("nonsense")
+
+
+def compared(run, rows, capsys):
+    command = [
+        "pretrain",
+        "compare",
+        "--run",
+        str(run),
+        "--steps",
+        "2",
+        "--prompts",
+        "1",
+        "--rows",
+        *rows,
+        "--scenes",
+        "3",
+    ]
+    assert main(command) == 0
+    return capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_every_row_of_the_comparison_trains_and_is_scored_alike(run, capsys, monkeypatch):
+    monkeypatch.setattr("comfyui_blip3o.pretraining.compare.comparison_rows", toy_rows)
+    said = compared(run, list(toy_rows()), capsys)
+    result = json.loads((run / "comparison" / "comparison.json").read_text())
+    assert set(result["rows"]) == set(toy_rows())
+    for name, row in result["rows"].items():
+        assert set(row["prompts"]["categories"]) == set(CATEGORIES)
+        assert f"| {row['title']} |" in said.out and f"Row {name}" in said.err
+        frozen = "learn" not in toy_rows()[name] or toy_rows()[name]["learn"] != "backbone"
+        assert not frozen or row["questions"]["overall"] == result["understanding before"]
+    sizes = {name: row["learning parameters"] for name, row in result["rows"].items()}
+    assert sizes["clip-mse"] == sizes["clip-flow"] < sizes["queries"] < sizes["unfrozen"] < sizes["joint"]
+    again = compared(run, list(toy_rows()), capsys)
+    assert "Row" not in again.err and again.out == said.out
+
+
+def test_a_drawer_draws_what_the_assembled_checkpoint_draws(run):
+    drawn = Drawer(Recipe(run)).generate(
+        ["a red circle", "two stars"], images_per_prompt=1, seed=4, preset="fast", batch_size=2
+    )
+    checkpoint = load_pipeline(run / "checkpoint", device="cpu", dtype="fp32")
+    expected = checkpoint.generate(["a red circle", "two stars"], seed=4, preset="fast", pixel_negative=None)
+    assert drawn.seeds == expected.seeds
+    for ours, theirs in zip(drawn.pictures, expected.pictures, strict=True):
+        # The checkpoint's weights were rounded to bf16.
+        assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs)).mean() < 3
+
+
+def test_a_row_that_does_not_exist_is_refused():
+    with pytest.raises(BadInputError, match='no row "nonsense".*clip-mse, clip-flow'):
+        check_rows(comparison_rows(), ["clip-flow", "nonsense"])
+    assert list(check_rows(comparison_rows(), None)) == list(comparison_rows())
+
+
+def toy_rows():
+    return {
+        name: {**row, **{key: toy("generation")[key] for key in ("data", "network", "loop")}}
+        for name, row in comparison_rows().items()
+    }

@@ -153,7 +153,7 @@ def test_a_bare_prompt_is_the_published_negative(stage):
     ids = torch.tensor([[VOCABULARY.ids["[IMG]"]]])
     with torch.no_grad():
         theirs = backbone.encode_conditioning(backbone.embed(ids))[0]
-        ours = generation.encode_bare_prompt(stage, VOCABULARY)
+        ours = generation.encode_prompts(stage, VOCABULARY, [None])[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -232,10 +232,10 @@ def test_generation_loss_is_zero_for_the_true_velocity_and_not_for_a_wrong_one()
             self.factor = factor
 
         def forward(self, grid, timestep, conditioning):
-            velocity = (batch["noise"] - batch["features"]).transpose(1, 2).unflatten(2, (8, 8))
+            velocity = (batch["noise"] - batch["clean"]).transpose(1, 2).unflatten(2, (8, 8))
             return self.factor * velocity
 
-    for factor, expected in ((1.0, 0.0), (0.0, (batch["noise"] - batch["features"]).square().mean().item())):
+    for factor, expected in ((1.0, 0.0), (0.0, (batch["noise"] - batch["clean"]).square().mean().item())):
         stage.dit = Oracle(factor)
         assert stage(batch)[0].item() == pytest.approx(expected, abs=1e-6)
 
@@ -247,7 +247,7 @@ def test_bare_prompts_are_taught_zero_features():
     batch = generation.generation_batches(features, conditioning, 64, 0, 0.1, bare=bare, bare_share=0.5)(0)
     is_bare = batch["conditioning"][:, 0, 0] == 7
     assert 10 < is_bare.sum() < 54
-    assert (batch["features"][is_bare] == 0).all() and (batch["features"][~is_bare] == 1).all()
+    assert (batch["clean"][is_bare] == 0).all() and (batch["clean"][~is_bare] == 1).all()
 
 
 def test_a_start_dit_learns_in_every_part():
