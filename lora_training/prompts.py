@@ -1,0 +1,75 @@
+"""Prompts that come with the program: what preservation holds still, and, never the same, what drift is measured on."""
+
+from __future__ import annotations
+
+from .config import BUILT_IN, LoraConfig
+
+PRESERVED = (
+    "a photo of a cat on a sofa",
+    "a street in the rain at night",
+    "a bowl of fruit on a wooden table",
+    "an old man reading a newspaper",
+    "a mountain lake in the morning",
+    "a red car parked in front of a house",
+    "a child playing with a ball in a park",
+    "a watercolor painting of a sailing boat",
+    "two birds on a branch",
+    "a close-up of a yellow flower",
+    "a blue vase on a white shelf",
+    "a futuristic city at sunset",
+)
+DRIFT = (
+    "a photo of a dog in the snow",
+    "a market with many people",
+    "a cup of coffee next to a book",
+    "a portrait of a young woman with a hat",
+    "a forest path in autumn",
+    "a bicycle leaning against a brick wall",
+    "an oil painting of the sea",
+    "three apples on a plate",
+)
+# What the built-in model knows: one to three coloured shapes.
+PRESERVED_SCENES = (
+    "a red circle",
+    "a blue square",
+    "a green triangle",
+    "a yellow cross",
+    "a purple ring",
+    "a cyan star",
+    "two green circles",
+    "three red squares",
+    "a blue triangle and a yellow ring",
+    "a green star and a purple cross",
+    "a red ring above a cyan square",
+    "a yellow circle left of a blue star",
+    "a purple triangle on a black background",
+    "a small cyan cross",
+    "a large yellow square",
+    "a green ring below a red star",
+)
+DRIFT_SCENES = (
+    "a blue circle",
+    "a yellow square",
+    "a red triangle",
+    "a purple star",
+    "two cyan crosses",
+    "three blue rings",
+    "a green square and a red circle",
+    "a yellow star above a purple square",
+)
+
+
+def preservation_prompts(config: LoraConfig) -> tuple[str, ...]:
+    """Prompts beside the class word that must not change; empty without preservation."""
+    if not config.uses_preservation:
+        return ()
+    if config.train.prior.prompts != "built-in":
+        return tuple(config.train.prior.prompts)
+    return PRESERVED_SCENES if config.model.root == BUILT_IN else PRESERVED
+
+
+def drift_prompts(config: LoraConfig) -> tuple[str, ...]:
+    """Prompts that drift is measured on."""
+    if config.validate.drift_prompts != "built-in":
+        return tuple(config.validate.drift_prompts)
+    return DRIFT_SCENES if config.model.root == BUILT_IN else DRIFT
