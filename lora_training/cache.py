@@ -234,7 +234,7 @@ def load_data(
             return torch.zeros(1)
 
     conditioning = {prompt: read(keys.conditioning(prompt), f'prompt "{prompt}"') for prompt in prompts}
-    features = {item.name: read(keys.features(item), item.name) for item in dataset.used}
+    features = {item: read(keys.features(item), item.name) for item in dataset.used}
     if missing:
         raise MissingFilesError(
             f"The cache lacks {len(missing)} of {len(prompts) + len(features)} entries, or they are damaged: "
@@ -242,7 +242,7 @@ def load_data(
         )
 
     def sample(item: Item) -> Sample:
-        shown = features[item.name].float()
+        shown = features[item].float()
         return Sample(
             name=item.name,
             features=shown,

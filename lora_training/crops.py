@@ -102,9 +102,18 @@ def read_mask(item: Item, picture: Image.Image, config: DataConfig) -> Image.Ima
     if config.mask == "alpha" and item.has_alpha:
         return picture.convert("RGBA").getchannel("A")
     if config.mask == "files" and item.mask is not None:
-        mask = to_rgb(open_upright(item.mask.read(), f"mask of {item.name}"), "black").convert("L")
+        mask = open_mask(item)
         return mask if mask.size == picture.size else mask.resize(picture.size, Image.Resampling.BOX)
     return None
+
+
+def open_mask(item: Item) -> Image.Image:
+    """A picture's mask file as shades (L); transparent parts do not count.
+
+    Raises:
+        TrainingDataError: it is damaged.
+    """
+    return to_rgb(open_upright(item.mask.read(), f"mask of {item.name}"), "black").convert("L")
 
 
 def grid_weights(view: View, size: tuple[int, int], mask: Image.Image | None, side: int) -> Tensor:

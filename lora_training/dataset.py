@@ -53,15 +53,21 @@ class Problem:
         kind: short and fixed, for badges and tests.
         text: what it is, and what to do.
         names: the files that have it.
+        details: a remark on each of them, or none.
     """
 
     level: Literal["error", "warning"]
     kind: str
     text: str
     names: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        listed = "".join(f"\n    {name}" for name in self.names)
+        remarks = self.details or ("",) * len(self.names)
+        listed = "".join(
+            f"\n    {name}{f' ({remark})' if remark else ''}"
+            for name, remark in zip(self.names, remarks, strict=True)
+        )
         return f"{self.level.upper()}: {self.text}{listed}"
 
 
@@ -519,7 +525,8 @@ def _repeats(path: Path, root: Path) -> int:
 
 
 def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+    """The path as text that can be shown and written, also where a file's name is no proper text."""
+    return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "replace")
 
 
 def _same_form(stem: str) -> str:
