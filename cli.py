@@ -110,6 +110,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """Options shared by generate and vary; None = not given, so that --like and presets can fill in."""
     parser.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:STRENGTH]",
+        help="draw with a LoRA (a .safetensors file or a PEFT folder); 1 = as trained (default), may be repeated; "
+        '"none" = without those of --like',
+    )
+    parser.add_argument(
         "-o", "--out", type=Path, default=Path("."), help="folder, or one .png file (default: here)"
     )
     parser.add_argument("--seed", type=int, help="of the first picture; picture i uses seed + i (default: 0)")
@@ -310,6 +317,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         )
     pixel_negative = _given(arguments.pixel_negative, like.get("pixel_negative", " "))
     pipeline = _open_pipeline(arguments)
+    _load_loras(arguments, pipeline, like)
     _warn_of_other_checkpoint(pipeline, like)
     _warn_of_missing_pictures(arguments, like)
     _warn_of_published_noise(arguments, like)
@@ -345,6 +353,7 @@ def run_vary(arguments: argparse.Namespace) -> None:
     _check_target(arguments.out)
     pictures = [load_image(path) for path in arguments.picture]
     pipeline = _open_pipeline(arguments)
+    _load_loras(arguments, pipeline, {})
     features, pixels = _settings(arguments, {})
     with _drawing_bars(arguments) as bars:
         generation = pipeline.vary(
@@ -513,6 +522,40 @@ def _open_pipeline(arguments: argparse.Namespace) -> Blip3oPipeline:
         offload=arguments.offload,
         image_encoder_path=arguments.image_encoder,
     )
+
+
+def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: dict[str, Any]) -> None:
+    """The LoRAs of the command line, else those of --like."""
+    if arguments.lora is not None:
+        for text in arguments.lora:
+            if text != "none":
+                pipeline.load_lora(*parse_lora(text))
+        return
+    for used in like.get("loras", []):
+        places = [Path(used["file"]), arguments.like.parent / used["file"]]
+        path = next((place for place in places if place.exists()), None)
+        if path is None:
+            raise MissingFilesError(
+                f'"{arguments.like}" was drawn with the LoRA "{used["file"]}", which is neither here nor beside it.\n'
+                f"Give it with --lora PATH:{used['strength']:g}, or draw without it: --lora none"
+            )
+        loaded = pipeline.load_lora(path, used["strength"])
+        if loaded.file.fingerprint != used["hash"]:
+            print(
+                f'Note: the LoRA "{path}" is not the same as the one the picture was drawn with. The new picture will differ.',
+                file=sys.stderr,
+            )
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """File and strength of FILE[:STRENGTH]."""
+    name, colon, strength = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return Path(name), float(strength)
+        except ValueError:  # the colon belongs to the path
+            pass
+    return Path(text), 1.0
 
 
 def _settings(arguments: argparse.Namespace, like: dict[str, Any]) -> tuple[Any, Any]:

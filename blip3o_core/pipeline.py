@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .checkpoints.keys import COMPONENTS
 from .checkpoints.layout import CheckpointFiles, open_checkpoint
 from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder
+from .checkpoints.safetensor_files import read_tensors
 from .decoding import PixelCallback, PixelSettings, decode_features, picture_size
 from .devices import pick_device, pick_dtype
 from .errors import BadInputError
@@ -25,6 +27,8 @@ from .images import (
     preprocess_for_image_encoder,
     to_pixels,
 )
+from .lora import LoraFile, check_fit, dit_fingerprint, other_base, read_lora
+from .lora_changes import Change, apply_changes
 from .noise import MAX_SEED, PublishedNoise, SeededNoise, item_seeds, seeded_noise
 from .presets import PRESETS, Generation
 from .prompts import SYSTEM_PROMPT, TextTokenizer
@@ -38,11 +42,29 @@ if TYPE_CHECKING:  # transformers and diffusers are imported only when their com
     from .rows import EncodedRow
     from .understanding import AnswerSettings, TextCallback, Turn
 
+logger = logging.getLogger(__name__)
+
 # Published code steers the decoder away from features drawn for a bare space, without the chat template.
 PUBLISHED_NEGATIVE_PROMPT = " "
 CACHED_NEGATIVES = 8
 # Pictures in one call of the image encoder: its activations grow with every one.
 ENCODED_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class LoadedLora:
+    """A LoRA that a pipeline draws with.
+
+    Attributes:
+        source: relative path it was loaded from, or its name alone: pictures remember it, and tell no one's folders.
+        strength: 1 = as trained.
+        changes: by network and key of its state_dict.
+    """
+
+    file: LoraFile
+    source: str
+    strength: float
+    changes: dict[str, dict[str, Change]]
 
 
 class Blip3oPipeline:
@@ -76,6 +98,7 @@ class Blip3oPipeline:
         self._components: dict[str, nn.Module] = {}
         self._tokenizer: TextTokenizer | None = None
         self._negatives: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._loras: list[LoadedLora] = []
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -109,6 +132,51 @@ class Blip3oPipeline:
         """Forget components (all when none is named); they are read again when next used."""
         for component in components or COMPONENTS:
             self._components.pop(component, None)
+
+    # LoRAs
+
+    @property
+    def loras(self) -> tuple[LoadedLora, ...]:
+        """The LoRAs that change the networks, in the order they were loaded."""
+        return tuple(self._loras)
+
+    def load_lora(self, lora: str | Path | LoraFile, strength: float = 1.0) -> LoadedLora:
+        """Draw with a LoRA, besides those already loaded. Sums are float32; a network keeps its dtype.
+
+        Args:
+            lora: a .safetensors file, a PEFT folder, or what read_lora gave.
+            strength: 1 = as trained, 0 = off; negative values push the other way.
+
+        Raises:
+            MissingFilesError, WrongAdapterError: see read_lora and check_fit.
+        """
+        check_range("strength of a LoRA", strength, -100, 100)
+        file = lora if isinstance(lora, LoraFile) else read_lora(lora)
+        tensors = {
+            name: self.files.component_tensors(name, allow_unknown=self._allow_unknown)
+            for name in ("dit", "backbone")
+            if self.files.has_component(name)
+        }
+        shapes = {name: {key: info.shape for key, info in infos.items()} for name, infos in tensors.items()}
+        is_near = not isinstance(lora, LoraFile) and not Path(lora).is_absolute()
+        source = Path(lora).as_posix() if is_near else file.name
+        loaded = LoadedLora(file, source, strength, check_fit(file, shapes))
+        note = other_base(file, lambda: dit_fingerprint(dict(read_tensors(tensors["dit"]))))
+        if note:
+            logger.warning(note)
+        self._change_loras([*self._loras, loaded])
+        return loaded
+
+    def unload_loras(self) -> None:
+        """Draw as the checkpoint does."""
+        self._change_loras([])
+
+    def _change_loras(self, loras: list[LoadedLora]) -> None:
+        # Networks are read again with all their LoRAs when next used: no second copy of the weights is kept.
+        for name in {name for each in (*self._loras, *loras) for name in each.changes}:
+            self._components.pop(name, None)
+        self._negatives.clear()
+        self._loras = loras
 
     # Drawing
 
@@ -349,6 +417,7 @@ class Blip3oPipeline:
             "pixel_negative": pixel_negative,
             "pixel_negative_seed": pixel_negative_seed,
             "strength": strength,
+            "loras": self._describe_loras(),
             # Whoever draws the picture again must bring these along: a PNG does not keep them.
             "made_from_pictures": [
                 place
@@ -434,6 +503,7 @@ class Blip3oPipeline:
             "preset": preset,
             "pixels": asdict(pixels),
             "pixel_negative": PUBLISHED_NEGATIVE_PROMPT,
+            "loras": self._describe_loras(),
             "made_from_pictures": ["features"],
         }
         return Generation(torch.cat(drawn), encoded.cpu(), [""] * len(encoded), seeds, pixel_seeds, used)
@@ -563,6 +633,12 @@ class Blip3oPipeline:
 
     # Inside
 
+    def _describe_loras(self) -> list[dict[str, Any]]:
+        return [
+            {"file": each.source, "hash": each.file.fingerprint, "strength": each.strength}
+            for each in self._loras
+        ]
+
     def _component(self, name: str) -> Any:
         if name not in self._components:
             place = "cpu" if self.offload else self.device
@@ -576,6 +652,8 @@ class Blip3oPipeline:
             else:
                 load = load_backbone if name == "backbone" else load_dit
                 self._components[name] = load(self.files, allow_unknown=self._allow_unknown, **options)
+                loras = [(each.changes[name], each.strength) for each in self._loras if name in each.changes]
+                apply_changes(self._components[name], loras)
         return self._components[name]
 
     @contextmanager
