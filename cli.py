@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -410,6 +409,7 @@ def run_ask(arguments: argparse.Namespace) -> None:
 def run_caption(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from .blip3o_core.checkpoints.save import write_text
     from .blip3o_core.images import load_image
 
     paths = _picture_paths(arguments.picture)
@@ -426,7 +426,7 @@ def run_caption(arguments: argparse.Namespace) -> None:
             for path, caption in zip(batch, written, strict=True):
                 captions[str(path)] = caption
                 if arguments.write:
-                    _write_text(path.with_suffix(".txt"), caption + "\n")
+                    write_text(path.with_suffix(".txt"), caption + "\n")
             bar.update(len(batch))
     if arguments.json:
         print(json.dumps(captions, indent=2, ensure_ascii=False))
@@ -713,15 +713,6 @@ def _answer_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "min_pixels": arguments.min_pixels,
         "max_pixels": arguments.max_pixels,
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _picture_paths(given: Sequence[Path]) -> list[Path]:

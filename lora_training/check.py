@@ -426,7 +426,10 @@ def _notes(dataset: Dataset, config: LoraConfig) -> Iterator[str]:
     if captions != len(train):
         yield f"{captions} captions, several for some pictures."
     if config.data.trigger.strip():
-        placed = sum(names_trigger(each, config.data) for item in train for each in item.captions)
+        # Where a caption is missing, the trigger itself is the prompt.
+        placed = sum(
+            names_trigger(each, config.data) for item in train for each in item.captions or ("[trigger]",)
+        )
         yield f'"{config.data.trigger}" is named in {placed} of {captions} captions and put in front of the others.'
     if train:
         yield f"{config.steps(len(train))} steps of {config.batch}."

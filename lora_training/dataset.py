@@ -343,9 +343,8 @@ def _read_folder(root: Path, config: DataConfig, problems: _Problems) -> list[_F
             FileSpan(path),
             repeats=_repeats(path, root),
             mask=masks.get((path.parent, _same_form(path.stem))),
-            caption_path=path.with_suffix(CAPTION_SUFFIXES[0]),
         )
-        entry.texts = _caption_beside(name, siblings, problems)
+        entry.texts, entry.caption_path = _caption_beside(path, name, siblings, problems)
         if name in listed:
             _apply_metadata(entry, listed.pop(name), root, config, problems)
         found.append(entry)
@@ -414,11 +413,13 @@ def _split_masks(
     return masks, others
 
 
-def _caption_beside(name: str, siblings: Mapping[str, Path], problems: _Problems) -> list[str] | None:
-    """The captions in the text file beside a picture, one a line; None when there is no such file."""
+def _caption_beside(
+    path: Path, name: str, siblings: Mapping[str, Path], problems: _Problems
+) -> tuple[list[str] | None, Path]:
+    """The captions in the text file beside a picture, one a line (None = no such file), and the file's path."""
     texts = [siblings[suffix] for suffix in CAPTION_SUFFIXES if suffix in siblings]
     if not texts:
-        return None
+        return None, path.with_suffix(CAPTION_SUFFIXES[0])
     if len(texts) > 1:
         problems.add(
             "warning",
@@ -426,7 +427,7 @@ def _caption_beside(name: str, siblings: Mapping[str, Path], problems: _Problems
             "These have a .txt and a .caption file; the .txt counts. Remove one of the two.",
             name,
         )
-    return _lines(texts[0].read_bytes(), name, problems)
+    return _lines(texts[0].read_bytes(), name, problems), texts[0]
 
 
 def _lines(data: bytes, name: str, problems: _Problems) -> list[str]:

@@ -12,7 +12,8 @@ from ..blip3o_core.errors import Blip3oError
 
 # One line of events.jsonl: {"event": one of EVENTS, ...}. What each carries beside it:
 EVENTS = {
-    "phase": "phase (name in PHASES), done, total",
+    "phase": 'phase (name in PHASES, or "captions"), done, total',
+    "caption": "name, caption",
     "step": "step, total, loss, rate, grad_norm, seconds_left; preservation when on",
     "validation": "step and the numbers of a Validation",
     "sample": "step, prompt, path",

@@ -129,10 +129,18 @@ def save_decoder(folder: Path, decoder: Decoder, dtype: torch.dtype | None) -> N
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name and rename it."""
+    write_text(path, json.dumps(value, indent=2, default=list) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text under a temporary name and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2, default=list) + "\n", "utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_shards(
