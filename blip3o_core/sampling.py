@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import BadInputError
 from .flow import mix, sigma_schedule, whole_timesteps
+from .models.fused_dit import FusedDiT, RunContext, can_fuse
 from .models.nextdit import DiTContext, NextDiT
 
 FEATURE_SAMPLERS = ("euler", "heun", "ab2")
@@ -122,26 +123,38 @@ def guided_velocity(
     timesteps = whole_timesteps(sigmas).to(noise.device)
     low, high = settings.guidance_interval
     is_guided = [settings.guidance_scale != 1 and low <= sigma <= high for sigma in sigmas.tolist()]
-    guided: DiTContext | None = None
-    plain: DiTContext | None = None
+    network = FusedDiT(dit, timesteps, noise.shape[-2:]) if can_fuse(dit) else CachedDiT(dit, timesteps)
+    guided: DiTContext | RunContext | None = None
+    plain: DiTContext | RunContext | None = None
     if any(is_guided[:-1]):
         if negative_conditioning is None:
-            guided = dit.encode_context(conditioning, zero_rows=batch)
+            guided = network.encode_context(conditioning, zero_rows=batch)
         else:
             negative = negative_conditioning.to(conditioning).expand_as(conditioning)
-            guided = dit.encode_context(torch.cat([conditioning, negative]))
+            guided = network.encode_context(torch.cat([conditioning, negative]))
     if not all(is_guided[:-1]):
-        plain = dit.encode_context(conditioning)
+        plain = network.encode_context(conditioning)
 
     def velocity(grid: Tensor, index: int) -> Tensor:
-        timestep = timesteps[index]
         if not is_guided[index]:
-            return dit(grid.to(dtype), timestep.expand(batch), context=plain).to(grid.dtype)
-        both = dit(grid.to(dtype).repeat(2, 1, 1, 1), timestep.expand(2 * batch), context=guided)
+            return network(grid.to(dtype), index, plain).to(grid.dtype)
+        both = network(grid.to(dtype).repeat(2, 1, 1, 1), index, guided)
         positive, negative = both.to(grid.dtype).chunk(2)
         return negative + settings.guidance_scale * (positive - negative)
 
     return velocity
+
+
+class CachedDiT:
+    """A DiT of any layers (adapters, offloaded ones) for one run: only the context is computed once."""
+
+    def __init__(self, dit: NextDiT, timesteps: Tensor) -> None:
+        self.dit = dit
+        self.timesteps = timesteps
+        self.encode_context = dit.encode_context
+
+    def __call__(self, feature_grid: Tensor, index: int, context: DiTContext) -> Tensor:
+        return self.dit(feature_grid, self.timesteps[index].expand(feature_grid.shape[0]), context=context)
 
 
 def to_tokens(grid: Tensor) -> Tensor:

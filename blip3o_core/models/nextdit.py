@@ -19,6 +19,8 @@ from ..config import NextDiTConfig
 TIMESTEP_FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
 ROPE_THETA = 10_000.0
+# Where PyTorch multiplies complex numbers in one pass.
+COMPLEX_DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,16 @@ class Attention(nn.Module):
         if has_output:  # a list, because the published key is `to_out.0`
             self.to_out = nn.ModuleList([ops.Linear(config.dim, config.dim, bias=False)])
 
-    def query(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        return apply_rotary(self._split(self.norm_q(self.to_q(hidden_states))), rotary)
+    def query(self, hidden_states: Tensor, rotary: Tensor) -> Tensor:
+        return apply_rotary(self.split(self.norm_q(self.to_q(hidden_states))), rotary)
 
     def key(self, hidden_states: Tensor) -> Tensor:
-        return self._split(self.norm_k(self.to_k(hidden_states)))
+        return self.split(self.norm_k(self.to_k(hidden_states)))
 
     def value(self, hidden_states: Tensor) -> Tensor:
-        return self._split(self.to_v(hidden_states))
+        return self.split(self.to_v(hidden_states))
 
-    def _split(self, hidden_states: Tensor) -> Tensor:
+    def split(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, N, h d) -> (B, h, N, d)
 
 
@@ -169,7 +171,7 @@ class NextDiTBlock(nn.Module):
         self,
         hidden_states: Tensor,
         embedding: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         keys: Tensor,
         values: Tensor,
         zero_value: Tensor | None,
@@ -183,14 +185,14 @@ class NextDiTBlock(nn.Module):
         fed = self.feed_forward(self.ffn_norm1(hidden_states) * (1 + mlp_scale))
         return hidden_states + mlp_gate * self.ffn_norm2(fed)
 
-    def _attend_self(self, normed: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def _attend_self(self, normed: Tensor, rotary: Tensor) -> Tensor:
         key = apply_rotary(self.attn1.key(normed), rotary)
         return attention(self.attn1.query(normed, rotary), key, self.attn1.value(normed))
 
     def _attend_context(
         self,
         normed: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         keys: Tensor,
         values: Tensor,
         zero_value: Tensor | None,
@@ -302,8 +304,8 @@ def timestep_frequencies(timestep: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the 2-D rotary positions, each (H x W, d / 2) in float32.
+def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+    """Cosines (real part) and sines (imaginary part) of the 2-D rotary positions, (H x W, d / 2), complex64.
 
     Row and column angles alternate from pair to pair: row, column, row, ... with falling frequency.
     Computed at each call: a table stored in the module would be garbage after a build on the meta device.
@@ -315,14 +317,18 @@ def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -
     angles = torch.stack(
         [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1
     ).reshape(height * width, head_dim // 2)
-    return angles.cos(), angles.sin()
+    return torch.complex(angles.cos(), angles.sin())
 
 
-def apply_rotary(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rotary(heads: Tensor, rotary: Tensor) -> Tensor:
     """Rotate adjacent pairs of (B, h, N, d) by their position's angles, in float32 as published."""
-    cos, sin = rotary
-    even, odd = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    pairs = heads.float().unflatten(-1, (-1, 2))
+    if heads.device.type in COMPLEX_DEVICES and not torch.compiler.is_compiling():
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotary)
+    else:  # the same written out, for compilers and devices without complex numbers
+        even, odd = pairs.unbind(-1)
+        cos, sin = rotary.real, rotary.imag
+        rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).to(heads.dtype)
 
 
