@@ -17,6 +17,7 @@ from torch import Tensor
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.load import load_dit
 from ..blip3o_core.errors import BadInputError
+from ..blip3o_core.lora import dit_fingerprint
 from ..blip3o_core.models.nextdit import NextDiT
 from . import host, layers, preview
 
@@ -78,11 +79,18 @@ class SamplerDiT(NextDiT):
 
 
 class FeatureFlow(comfy.model_base.BaseModel):
-    """Flow from noise to image features, velocity = noise - features, with the published noise levels."""
+    """Flow from noise to image features, velocity = noise - features, with the published noise levels.
 
-    def __init__(self, model_config: FeatureFlowConfig, diffusion_model: SamplerDiT) -> None:
+    Args:
+        fingerprint: of the DiT as it is in the checkpoint, by which a LoRA knows its base.
+    """
+
+    def __init__(
+        self, model_config: FeatureFlowConfig, diffusion_model: SamplerDiT, fingerprint: str
+    ) -> None:
         super().__init__(model_config, comfy.model_base.ModelType.FLOW)
         self.diffusion_model = diffusion_model
+        self.fingerprint = fingerprint
         comfy.model_management.archive_model_dtypes(diffusion_model)
         self.model_sampling.set_parameters(shift=1.0, timesteps=SIGMA_TABLE, multiplier=1000)
 
@@ -135,9 +143,10 @@ def load_dit_patcher(
     storage, compute = host.storage_and_compute_dtype(dtype, SUPPORTED_DTYPES, files.component_bytes["dit"])
     dit = load_dit(files, dtype=layers.file_dtype(storage))
     rgb = preview.feature_factors(files, dit)
+    fingerprint = dit_fingerprint(dit.state_dict())
     layers.prepare(dit, storage, compute)
     config = FeatureFlowConfig(FeatureFormat(dit.config.in_channels, rgb), storage, compute)
     dit.__class__ = SamplerDiT
     dit.dtype = storage
-    model = FeatureFlow(config, dit)
+    model = FeatureFlow(config, dit, fingerprint)
     return host.make_patcher(model, load_dit_patcher, (folder, dtype), disable_dynamic=disable_dynamic)
