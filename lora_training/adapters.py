@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import LoKrConfig, LoraConfig, inject_adapter_in_model
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from ..blip3o_core.errors import BadInputError, WrongAdapterError
 from ..blip3o_core.models.backbone import Backbone
 from ..blip3o_core.models.nextdit import NextDiT
+from ..blip3o_core.prompts import TextTokenizer
 from .config import AdapterConfig
 from .objective import random_stream
+from .prompt_encoder import PromptEncoder
+from .quantise import QuantisedLinear
 
 ATTENTION = r"layers\.\d+\.(attn1\.to_[qkv]|attn2\.to_[qkv]|attn2\.to_out\.0)"
 FEED_FORWARD = r"layers\.\d+\.feed_forward\.linear_[123]"
@@ -49,9 +52,12 @@ class Adapter:
         config: AdapterConfig,
         dit: NextDiT,
         backbone: Backbone | None,
+        tokenizer: TextTokenizer | None,
         layers: dict[str, BaseTunerLayer],
+        dtypes: dict[str, torch.dtype],
     ) -> None:
         self.config = config
+        self._dtypes = dtypes
         self.dit = dit
         self.backbone = backbone
         self._layers = layers
@@ -65,6 +71,9 @@ class Adapter:
                 self._learn_whole(DIT + name, parameter)
         if config.type == "queries" or config.queries:
             self._learn_whole(BACKBONE + QUERIES, backbone.latent_queries)
+        self._encoder = None
+        if self.changes_conditioning:
+            self._encoder = PromptEncoder(backbone, tokenizer, are_layers_fixed=not self.learns_backbone)
 
     def _learn_whole(self, name: str, parameter: nn.Parameter) -> None:
         self._base[name] = parameter.detach().clone()
@@ -98,6 +107,25 @@ class Adapter:
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser changes."""
         return list(self._parameters.values())
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Conditioning (B, Q, C) of prompts with what the backbone has learned so far, with gradients if wanted.
+
+        Only where changes_conditioning; else a cached conditioning is the right one.
+        """
+        assert self._encoder is not None, "nothing in the backbone learns"
+        with self._autocast(self.backbone.latent_queries.device, BACKBONE):
+            return self._encoder(prompts)
+
+    def autocast(self) -> AbstractContextManager:
+        """Within it a half-precision DiT computes in its own precision beside float32 adapters."""
+        return self._autocast(next(self.dit.parameters()).device, DIT)
+
+    def _autocast(self, device: torch.device, prefix: str) -> AbstractContextManager:
+        dtype = self._dtypes[prefix]
+        if dtype in (torch.bfloat16, torch.float16):
+            return torch.autocast(device.type, dtype)
+        return nullcontext()
 
     @contextmanager
     def enabled(self, is_enabled: bool = True) -> Iterator[None]:
@@ -209,7 +237,7 @@ class Adapter:
     def problems(self) -> list[str]:
         """What is wrong with the learned weights at the end of a run: not finite, or never moved."""
         found = []
-        for name, parameter in self._parameters.items():
+        for name in self._parameters:
             value = self._learned(name)
             if not torch.isfinite(value).all():
                 found.append(f"{name} is not finite")
@@ -235,27 +263,42 @@ class Adapter:
 
 
 def attach(
-    dit: NextDiT, config: AdapterConfig, *, seed: int = 0, backbone: Backbone | None = None
+    dit: NextDiT,
+    config: AdapterConfig,
+    *,
+    seed: int = 0,
+    backbone: Backbone | None = None,
+    tokenizer: TextTokenizer | None = None,
 ) -> Adapter:
     """Put what learns onto a DiT (and its backbone, which `queries` and `backbone_rank` need) and freeze the rest.
 
     The new adapter changes nothing yet: outputs are those of the base, to the bit. Its random half depends on `seed`
     and the layer's name alone, and no global random state is touched.
 
+    Args:
+        tokenizer: of the backbone, where something in it learns.
+
     Raises:
-        BadInputError: `targets` or `rank_pattern` match no layer, or the backbone is missing.
+        BadInputError: `targets` or `rank_pattern` match no layer, the backbone is missing, or whole quantised weights
+            shall learn.
     """
     needs_backbone = config.type == "queries" or config.queries or config.backbone_rank > 0
-    if needs_backbone and backbone is None:
+    if needs_backbone and (backbone is None or tokenizer is None):
         raise BadInputError(
             "Tuning the latent queries or the backbone needs the backbone in memory, but it was not given.\n"
             "Load the whole model, or set adapter.queries to false and adapter.backbone_rank to 0."
         )
+    if config.type == "full" and any(isinstance(module, QuantisedLinear) for module in dit.modules()):
+        raise BadInputError(
+            "Weights in 8 or 4 bits cannot learn.\nFor adapter.type full set model.base_dtype to bf16, or train a LoRA."
+        )
     backbone = backbone if needs_backbone else None
-    for network in (dit, backbone):
+    dtypes = {}
+    for prefix, network in ((DIT, dit), (BACKBONE, backbone)):
         if network is not None:
             _leave_inference_mode(network)
             network.eval().requires_grad_(False)
+            dtypes[prefix] = next(network.parameters()).dtype
     layers: dict[str, BaseTunerLayer] = {}
     if config.type in ("lora", "dora", "lokr"):
         names = target_names(dit, config.targets)
@@ -265,7 +308,7 @@ def attach(
         expected = 4 * len(backbone.text.layers)
         assert len(names) == expected, f"{len(names)} layers of the backbone are adapted, expected {expected}"
         layers |= _inject(backbone, BACKBONE, names, config, config.backbone_rank, {}, seed)
-    return Adapter(config, dit, backbone, layers)
+    return Adapter(config, dit, backbone, tokenizer, layers, dtypes)
 
 
 def target_names(dit: NextDiT, targets: str) -> list[str]:

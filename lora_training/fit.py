@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..blip3o_core.devices import pick_device
 from ..blip3o_core.errors import TrainingDataError
 from ..blip3o_core.flow import TRAIN_TIMESTEPS, mix, target_velocity
+from ..blip3o_core.lora import read_lora
 from ..blip3o_core.models.backbone import Backbone
 from ..blip3o_core.models.nextdit import NextDiT
 from ..blip3o_core.prompts import TextTokenizer
@@ -41,6 +42,7 @@ from .objective import (
 )
 from .optimizers import MovingAverage, averaged, build_optimizer, rate_factor, set_rate, uses_schedule
 from .prompts import preservation_prompts
+from .quantise import set_base_dtype
 from .records import (
     Diverged,
     EventSink,
@@ -102,7 +104,7 @@ def fit(
 ) -> FitResult:
     """Train an adapter on a DiT, from the newest state of the run's folder when it has one.
 
-    The DiT moves to the configured device, is frozen and keeps the adapter; Adapter.remove gives it back as it was.
+    The DiT moves to the configured device and dtype, is frozen and keeps the adapter; Adapter.remove takes it off.
     Several processes (torchrun, accelerate launch) share each batch and learn the same as one.
 
     Args:
@@ -131,7 +133,10 @@ def fit(
             validate,
             sample,
         )
-        return run.go()
+        try:
+            return run.go()
+        finally:
+            run.release()
 
 
 def load_result(folder: Path) -> FitResult | None:
@@ -140,7 +145,7 @@ def load_result(folder: Path) -> FitResult | None:
     if state is None:
         return None
     best = _tensors_below(state.internals, "best/")
-    ema = _tensors_below(state.internals, "ema of/")
+    ema = _tensors_below(state.internals, "ema/")
     best_validation = state.numbers["best"]
     return FitResult(
         best=best or ema or state.adapter,
@@ -191,12 +196,14 @@ class _Fit:
         self.should_stop, self.validate, self.sample = should_stop, validate, sample
         self.batch = config.batch
         self.total = config.steps(len(data.train))
-        dit.to(self.device)
-        if backbone is not None:
+        set_base_dtype(dit, config.model.base_dtype, self.device)
+        if config.needs_backbone and backbone is not None:
             backbone.to(self.device)
-        self.adapter = attach(dit, config.adapter, seed=config.run.seed, backbone=backbone)
+        self.adapter = attach(
+            dit, config.adapter, seed=config.run.seed, backbone=backbone, tokenizer=tokenizer
+        )
         if config.adapter.start_from is not None:
-            self.adapter.load_state_dict(_read_start(config.adapter.start_from))
+            self.adapter.load_state_dict(read_lora(config.adapter.start_from).canonical)
         self.parameters = self.adapter.parameters()
         self.optimizer = build_optimizer(self.adapter.named_parameters(), config.train)
         decay = config.ema if uses_schedule(config.train.optimizer) else 0.0
@@ -249,6 +256,12 @@ class _Fit:
         self.processes.wait()
         return self._result()
 
+    def release(self) -> None:
+        """Undo what only training needs."""
+        if self.is_checkpointed:
+            for block in self.dit.layers:
+                del block.forward  # the class's own shows again
+
     # One step
 
     def _train_step(self, started: float, first: int) -> bool:
@@ -300,14 +313,14 @@ class _Fit:
         mine = range(self.processes.index, self.batch, self.processes.count)
         while True:
             is_out_of_memory = False
-            sums = torch.zeros(2)
+            sums = torch.zeros(2, device=self.device)
             try:
                 for start in range(0, len(mine), self.micro_batch):
                     part = mine[start : start + self.micro_batch]
-                    sums += self._backward([rows[i] for i in part], sigmas[list(part)])
+                    sums[0] += self._backward([rows[i] for i in part], sigmas[list(part)])
                     if lessons:
-                        sums += self._backward_lessons([lessons[i] for i in part], sigmas[list(part)])
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+                        sums[1] += self._backward_lessons([lessons[i] for i in part], sigmas[list(part)])
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_memory_error(error):
                     raise
                 is_out_of_memory, message = True, str(error)
@@ -318,9 +331,9 @@ class _Fit:
             self._shrink(message if is_out_of_memory else "on another process")
         self.processes.sum_gradients(self.parameters)
         sums = self.processes.sum(sums)
-        losses = {"loss": sums[0].item()}
-        if lessons:
-            losses["preservation"] = sums[1].item()
+        losses = dict(zip(("loss", "preservation"), sums.tolist(), strict=True))
+        if not lessons:
+            del losses["preservation"]
         return losses, bool(flags[1])
 
     def _backward(self, rows: list[Row], sigmas: Tensor) -> Tensor:
@@ -337,8 +350,8 @@ class _Fit:
             weights = self._stack(each)
         loss = velocity_loss(predicted, target_velocity(features, noise), self.config.train.loss, weights)
         loss = loss.sum() / self.batch
-        loss.backward()
-        return torch.tensor([loss.item(), 0.0])
+        _backward(loss)
+        return loss.detach()
 
     def _backward_lessons(self, lessons: list[Lesson], sigmas: Tensor) -> Tensor:
         features = self._stack([lesson.features for lesson in lessons])
@@ -349,19 +362,25 @@ class _Fit:
         conditioning = self._conditioning([lesson.prompt for lesson in lessons], list(base))
         student = self._velocity(features, noise, sigmas, conditioning)
         loss = preservation_loss(student, teacher).sum() / self.batch
-        (self.config.train.prior.weight * loss).backward()
-        return torch.tensor([0.0, loss.item()])
+        _backward(self.config.train.prior.weight * loss)
+        return loss.detach()
 
     def _velocity(self, features: Tensor, noise: Tensor, sigmas: Tensor, conditioning: Tensor) -> Tensor:
         """Velocity (B, N, C) at the mix of features and noise."""
         side = feature_side(features)
         grid = to_grid(mix(features, noise, sigmas), (side, side))
         timesteps = (sigmas * TRAIN_TIMESTEPS).round().to(self.device)
-        with _autocast(self.dit, self.device):
+        with self.adapter.autocast():
             return to_tokens(self.network(grid, timesteps, conditioning))
 
     def _conditioning(self, prompts: Sequence[str | None], cached: Sequence[Tensor]) -> Tensor:
-        return self._stack(cached)
+        """Conditioning (B, Q, D) of prompts, zeros for None: the cached one unless the backbone learns."""
+        shown = [prompt for prompt in prompts if prompt is not None]
+        if not self.adapter.changes_conditioning or not shown:
+            return self._stack(cached)
+        learned = iter(self.adapter.encode(shown).float())
+        zeros = torch.zeros_like(cached[0], device=self.device, dtype=torch.float32)
+        return torch.stack([zeros if prompt is None else next(learned) for prompt in prompts])
 
     def _noise(self, rows: Sequence[int], features: Tensor) -> Tensor:
         return draw_noise(self.config.run.seed, self.step, rows, features.shape[1:]).to(self.device)
@@ -425,7 +444,7 @@ class _Fit:
 
     def _checkpoint_blocks(self) -> None:
         for block in self.dit.layers:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         self.is_checkpointed = True
 
     def _warn(self, message: str) -> None:
@@ -490,14 +509,15 @@ class _Fit:
         self.saved_at = time.monotonic()
         if not self.processes.is_main or not all(torch.isfinite(p).all() for p in self.parameters):
             return
-        internals = {f"exact/{name}": tensor for name, tensor in self.adapter.weights().items()}
-        internals |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         with averaged(self.optimizer):
             adapter = self.adapter.state_dict()
+        internals = _unlike("exact/", self.adapter.weights(), adapter)
         if self.average is not None:
-            internals |= {f"ema/{name}": tensor for name, tensor in self.average.weights.items()}
             with self._shown_weights():
-                internals |= {f"ema of/{name}": tensor for name, tensor in self.adapter.state_dict().items()}
+                averages = self.adapter.state_dict()
+            internals |= {f"ema/{name}": tensor for name, tensor in averages.items()}
+            internals |= _unlike("exact ema/", self.average.weights, averages)
+        internals |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         state = State(self.step, adapter, internals, self.optimizer.state_dict(), asdict(self.progress))
         path = save_state(self.states, state, keep=self.config.save.keep)
         self.on_event({"event": "saved", "step": self.step, "path": str(path)})
@@ -511,12 +531,15 @@ class _Fit:
     def _restore(self, state: State) -> None:
         self.step = state.step
         self.progress = _Progress(**state.numbers)
-        self.adapter.set_weights(_tensors_below(state.internals, "exact/"))
+        weights = state.adapter | _tensors_below(state.internals, "exact/")
+        self.adapter.set_weights({name: weights[name] for name in self.adapter.named_parameters()})
         self.optimizer.load_state_dict(state.optimizer)
         self.best = _tensors_below(state.internals, "best/")
         if self.average is not None:
-            for name, tensor in _tensors_below(state.internals, "ema/").items():
-                self.average.weights[name].copy_(tensor)
+            averages = _tensors_below(state.internals, "ema/")
+            averages |= _tensors_below(state.internals, "exact ema/")
+            for name, tensor in self.average.weights.items():
+                tensor.copy_(averages[name])
 
     def _result(self) -> FitResult:
         with averaged(self.optimizer):
@@ -552,7 +575,7 @@ class _Fit:
         side = feature_side(first)
         noise = draw_noise(self.config.run.seed, 0, range(len(prompts)), (first.shape[-1], side, side))
         settings = FeatureSettings(steps=self.config.sample.steps, guidance_scale=self.config.sample.cfg)
-        with self.adapter.enabled(False), _autocast(self.dit, self.device):
+        with self.adapter.enabled(False), self.adapter.autocast():
             features = sample_features(self.dit, conditioning, noise=noise.to(self.device), settings=settings)
         return list(zip(prompts, conditioning, features.float(), strict=True))
 
@@ -572,7 +595,14 @@ def is_better(found: Validation, best: Validation | None, drift_max: float) -> b
 
 def is_memory_error(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "alloc" in str(error)
+    is_known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return is_known or any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
+def _backward(loss: Tensor) -> None:
+    # Rows on all-zero conditioning teach nothing where only the backbone learns.
+    if loss.requires_grad:
+        loss.backward()
 
 
 class _Processes:
@@ -611,20 +641,17 @@ class _Processes:
             self.accelerator.wait_for_everyone()
 
 
-def _autocast(dit: nn.Module, device: torch.device) -> Any:
-    dtype = next(parameter.dtype for parameter in dit.parameters() if parameter.is_floating_point())
-    half = (torch.bfloat16, torch.float16)
-    return torch.autocast(device.type, dtype) if dtype in half else nullcontext()
-
-
-def _read_start(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
 def _tensors_below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _unlike(prefix: str, weights: dict[str, Tensor], in_file: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that a file's tensors do not give back exactly: DoRA's magnitudes, tuned queries, ..."""
+    return {
+        prefix + name: tensor
+        for name, tensor in weights.items()
+        if name not in in_file or not torch.equal(tensor.cpu(), in_file[name])
+    }
 
 
 def _validation(tree: dict[str, Any] | None) -> Validation | None:

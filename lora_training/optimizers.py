@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -45,14 +46,15 @@ def _build(
             from prodigyopt import Prodigy
         except ImportError as error:
             raise _missing("prodigy", "prodigyopt") from error
-        return Prodigy(
-            groups,
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            safeguard_warmup=schedule.warmup > 0,
-            use_bias_correction=True,
-        )
+        with redirect_stdout(io.StringIO()):  # it prints, where events may be read
+            return Prodigy(
+                groups,
+                lr=settings.lr,
+                betas=settings.betas,
+                weight_decay=settings.weight_decay,
+                safeguard_warmup=schedule.warmup > 0,
+                use_bias_correction=True,
+            )
     try:
         from schedulefree import AdamWScheduleFree
     except ImportError as error:
