@@ -63,23 +63,33 @@ def apply_lora(
     strength: float,
     backbone_strength: float,
 ) -> tuple[comfy.model_patcher.ModelPatcher | None, BackboneHandle | None, str]:
-    """Clones of the models with the LoRA's patches, and a report of what was matched.
+    """Clones of the models with the patches of a LoRA in models/loras, and a report of what was matched.
+
+    Raises: as apply_file; MissingFilesError: there is no such LoRA.
+    """
+    if name == NO_LORA:
+        _require_models(dit, backbone)
+        return dit, backbone, "no LoRA"
+    return apply_file(
+        replace(read_lora(find_lora(name)), name=name), dit, backbone, strength, backbone_strength
+    )
+
+
+def apply_file(
+    file: LoraFile,
+    dit: comfy.model_patcher.ModelPatcher | None,
+    backbone: BackboneHandle | None,
+    strength: float,
+    backbone_strength: float,
+) -> tuple[comfy.model_patcher.ModelPatcher | None, BackboneHandle | None, str]:
+    """Clones of the models with a LoRA's patches, and a report of what was matched.
 
     Raises:
+        BadInputError: nothing is connected, or not BLIP3-o's DiT.
         WrongAdapterError: the LoRA belongs to another model, or a part of it has no place here.
     """
-    if dit is None and backbone is None:
-        raise BadInputError(
-            'Nothing is connected to "Load LoRA (BLIP3-o)".\nConnect dit (and backbone) of "Load BLIP3-o".'
-        )
-    if dit is not None and not isinstance(dit.model, FeatureFlow):
-        raise BadInputError(
-            'The model connected as dit is not BLIP3-o\'s DiT.\nConnect the output dit of "Load BLIP3-o", not decoder.'
-        )
-    if name == NO_LORA:
-        return dit, backbone, "no LoRA"
-    file = replace(read_lora(find_lora(name)), name=name)
-    lines = [name]
+    _require_models(dit, backbone)
+    lines = [file.name]
     patches = _patches(file, dit, backbone)
     if dit is not None:
         dit = dit.clone()
@@ -96,6 +106,17 @@ def apply_lora(
         lines.append(f"trigger: {file.trigger}")
     note = other_base(file, dit.model.fingerprint) if dit is not None else None
     return dit, backbone, "\n".join([*lines, *([note] if note else [])])
+
+
+def _require_models(dit: comfy.model_patcher.ModelPatcher | None, backbone: BackboneHandle | None) -> None:
+    if dit is None and backbone is None:
+        raise BadInputError(
+            'Nothing is connected to "Load LoRA (BLIP3-o)".\nConnect dit (and backbone) of "Load BLIP3-o".'
+        )
+    if dit is not None and not isinstance(dit.model, FeatureFlow):
+        raise BadInputError(
+            'The model connected as dit is not BLIP3-o\'s DiT.\nConnect the output dit of "Load BLIP3-o", not decoder.'
+        )
 
 
 def _patches(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,15 @@ from typing_extensions import Self
 from ..blip3o_core.checkpoints.layout import CheckpointFiles
 from ..blip3o_core.errors import BadInputError
 from ..blip3o_core.pipeline import Blip3oPipeline
+from ..lora_training.config import DataConfig
 from . import host
 
 BackboneType = io.Custom("BLIP3O")
 ImageEncoderType = io.Custom("BLIP3O_IMAGE_ENCODER")
 ChatType = io.Custom("BLIP3O_CHAT")
+DatasetType = io.Custom("BLIP3O_DATASET")
+TrainingSettingsType = io.Custom("BLIP3O_TRAINING_SETTINGS")
+RunType = io.Custom("BLIP3O_RUN")
 
 # Marks a LATENT as image features; ComfyUI's own nodes carry it along.
 FEATURES_TYPE = "blip3o_features"
@@ -41,6 +46,9 @@ class HostPipeline(Blip3oPipeline):
         super().__init__(files, dtype=dtype, device=next(iter(patchers.values())).load_device)
         self.patchers = patchers
         self._components = {name: patcher.model for name, patcher in patchers.items()}
+
+    def unload(self, *components: str) -> None:
+        """Nothing: ComfyUI decides where its networks lie."""
 
     @contextmanager
     def _on_device(self, name: str) -> Iterator[Any]:
@@ -103,6 +111,44 @@ class Chat:
 
     def __repr__(self) -> str:
         return f"BLIP3-o chat of {len(self.turns)} turns and {len(self.images)} images"
+
+
+@dataclass(frozen=True)
+class TrainingPictures:
+    """Socket BLIP3O_DATASET: which pictures a LoRA learns from and how they are read; the pictures stay in their folder.
+
+    Attributes:
+        name: as in the folder picker.
+        config: section `data` of a training configuration.
+    """
+
+    name: str
+    config: DataConfig
+
+    def __repr__(self) -> str:
+        return f'BLIP3-o dataset "{self.name}"'
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Socket BLIP3O_RUN: the folder that a training kept its records in."""
+
+    folder: Path
+
+    def __repr__(self) -> str:
+        return f'BLIP3-o run "{self.folder.name}"'
+
+
+class LoraModel(dict[str, Tensor]):
+    """Socket LORA_MODEL: ComfyUI's flat dictionary of tensors, with what the file says about itself.
+
+    Attributes:
+        metadata: as in a safetensors file.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(tensors)
+        self.metadata = dict(metadata or {})
 
 
 def features_latent(grid: Tensor) -> dict[str, Any]:
