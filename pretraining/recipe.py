@@ -258,11 +258,30 @@ class Recipe:
     def _decoder(
         self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool
     ) -> tuple[nn.Module, Callable]:
+        image_encoder, vae = self.image_encoder(), self.vae()
         scaling = self.configs["vae"]["network"]["scaling_factor"]
         name = self._cache_name("decoder")
-        features, latents = encode_pool(pool, self.image_encoder(), self.vae(), scaling, self.cache, name)
+
+        def encoded(scenes: ScenePool, which: str) -> tuple[np.ndarray, np.ndarray]:
+            return encode_pool(scenes, image_encoder, vae, scaling, self.cache, which + name)
+
+        singles = self._singles(config["data"])
         stage = DecoderStage(build_unet(self._unet_config()), SIDE, config["drop"], config["feature_noise"])
-        return stage, decoder_batches(features, latents, loop.batch_size, loop.seed, config["drop"])
+        return stage, decoder_batches(
+            *encoded(pool, ""),
+            loop.batch_size,
+            loop.seed,
+            config["drop"],
+            singles=encoded(*singles) if singles else None,
+        )
+
+    def _singles(self, data: dict[str, Any]) -> tuple[ScenePool, str] | None:
+        """The extra scenes of single objects that a stage's data ask for, and what their files are called."""
+        if not data.get("extra_singles"):
+            return None
+        share = data.get("small_share")
+        scenes = draw_singles(data["extra_singles"], data["seed"] + 1, share)
+        return scenes, f"singles_{data['extra_singles']}_{share or 'plain'}_"
 
     def _understanding(
         self, config: dict[str, Any], loop: LoopConfig, pool: ScenePool
@@ -302,11 +321,7 @@ class Recipe:
             features, latents = encode_pool(scenes, image_encoder, vae, scaling, self.cache, f"{which}{name}")
             return features if latents is None else latent_tokens(latents)
 
-        singles, singles_name = None, ""
-        if data.get("extra_singles"):
-            share = data.get("small_share")
-            singles = draw_singles(data["extra_singles"], data["seed"] + 1, share)
-            singles_name = f"singles_{data['extra_singles']}_{share or 'plain'}_"
+        singles = self._singles(data)
         # The decoder's negative features are what the DiT draws for the bare prompt; latents have no such decoder.
         bare_share = config["bare_share"] if options.target == "features" else 0.0
         if options.learn != "dit":
@@ -319,7 +334,7 @@ class Recipe:
                 loop.seed,
                 config["drop"],
                 bare_share=bare_share,
-                singles=None if singles is None else (targets(singles, singles_name), singles.scenes),
+                singles=(targets(*singles), singles[0].scenes) if singles else None,
                 questions=options.questions,
             )
         understanding = self.understanding()
@@ -328,9 +343,6 @@ class Recipe:
             path = self.cache / f"conditioning_{which}{name}_{self._step('understanding')}.npy"
             return encode_pool_prompts(understanding, self.vocabulary, scenes, path, 0, colourless)
 
-        more = None
-        if singles is not None:
-            more = (targets(singles, singles_name), prompts(singles, singles_name, 0.4))
         return generation_batches(
             targets(pool, ""),
             prompts(pool, "", 0.15),
@@ -339,7 +351,7 @@ class Recipe:
             config["drop"],
             bare=encode_prompts(understanding, self.vocabulary, [None])[0].numpy() if bare_share else None,
             bare_share=bare_share,
-            singles=more,
+            singles=(targets(*singles), prompts(*singles, 0.4)) if singles else None,
         )
 
     def caption_ids(self, scenes: Scenes, step: int) -> Tensor:

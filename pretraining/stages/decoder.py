@@ -122,9 +122,20 @@ def encode_pool(
 
 
 def decoder_batches(
-    features: np.ndarray, latents: np.ndarray, batch_size: int, seed: int, drop: float
+    features: np.ndarray,
+    latents: np.ndarray,
+    batch_size: int,
+    seed: int,
+    drop: float,
+    *,
+    singles: tuple[np.ndarray, np.ndarray] | None = None,
+    singles_share: float = 0.35,
 ) -> Callable[[int], Batch]:
-    """Features with their latents, noise, stratified timesteps and dropped rows."""
+    """Features with their latents, noise, stratified timesteps and dropped rows.
+
+    Args:
+        singles: more features and latents, of single objects, which fill `singles_share` of each batch.
+    """
 
     def batch_of(step: int) -> Batch:
         rng = np.random.default_rng((seed, step, 3))
@@ -132,6 +143,10 @@ def decoder_batches(
         place = (rng.permutation(batch_size) + rng.random(batch_size)) / batch_size
         clean = features[rows].astype(np.float32)
         target = latents[rows].astype(np.float32)
+        if singles is not None:
+            number = round(singles_share * batch_size)
+            rows = rng.integers(len(singles[0]), size=number)
+            clean[:number], target[:number] = singles[0][rows], singles[1][rows]
         return {
             "features": torch.from_numpy(clean),
             "latents": torch.from_numpy(target),
