@@ -281,12 +281,14 @@ class SaveConfig:
     keep: saved states that are kept.
     dtype: of the weights in the finished files.
     formats: files beside the one for ComfyUI: peft, kohya, diffusers.
+    captions: write the pictures' captions into the finished file, for everyone to read.
     """
 
     every_seconds: float = 60.0
     keep: int = 3
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     formats: tuple[Literal["peft", "kohya", "diffusers"], ...] = ()
+    captions: bool = False
 
 
 @dataclass(frozen=True)
