@@ -11,8 +11,10 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
+import comfy.utils
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.load import load_dit
@@ -61,8 +63,32 @@ class FeatureFlowConfig(comfy.supported_models_base.BASE):
         self.set_inference_dtype(storage, compute)
 
 
+class PromptCond(comfy.conds.CONDRegular):
+    """A conditioning that stays the same tensor object at every step of a run, so that what is made of it can be kept."""
+
+    def __init__(self, cond: Tensor) -> None:
+        super().__init__(cond)
+        self._repeated: dict[int, PromptCond] = {}
+        self._joined: dict[tuple[PromptCond, ...], Tensor] = {}
+
+    def process_cond(self, batch_size: int, **unused: Any) -> PromptCond:
+        if batch_size not in self._repeated:
+            self._repeated[batch_size] = PromptCond(comfy.utils.repeat_to_batch_size(self.cond, batch_size))
+        return self._repeated[batch_size]
+
+    def concat(self, others: list[PromptCond]) -> Tensor:
+        key = tuple(others)
+        if key not in self._joined:
+            self._joined[key] = super().concat(others)
+        return self._joined[key]
+
+
 class SamplerDiT(NextDiT):
-    """The DiT with the calling convention of ComfyUI's samplers. A loaded NextDiT becomes one by changing its class."""
+    """The DiT with the calling convention of ComfyUI's samplers. A loaded NextDiT becomes one by changing its class.
+
+    Keys and values of the context are made at the first step of a run and kept as long as its conditioning lives: see
+    FeatureFlow.extra_conds, which makes a new one for each run.
+    """
 
     dtype: torch.dtype
 
@@ -75,7 +101,12 @@ class SamplerDiT(NextDiT):
         transformer_options: dict[str, Any] | None = None,
         **unused: Any,
     ) -> Tensor:
-        return super().forward(x, timesteps, context)
+        if torch.is_grad_enabled():  # training changes the weights in the middle of a run
+            return super().forward(x, timesteps, context)
+        kept = vars(self).setdefault("_contexts", WeakTensorKeyDictionary())
+        if context not in kept:
+            kept[context] = self.encode_context(context)
+        return super().forward(x, timesteps, context=kept[context])
 
 
 class FeatureFlow(comfy.model_base.BaseModel):
@@ -104,7 +135,12 @@ class FeatureFlow(comfy.model_base.BaseModel):
         conditioning = conds.get("cross_attn")
         if conditioning is not None:
             check_conditioning(conditioning, self.diffusion_model.config.conditioning_dim)
-            found["c_crossattn"] = comfy.conds.CONDRegular(conditioning)
+            # Hooks change weights in the middle of a run: what was made with the old ones must not be kept.
+            kind = comfy.conds.CONDRegular if conds.get("hooks") is not None else PromptCond
+            device = conds.get("device", conditioning.device)
+            # A copy: the weights may be others when the same conditioning comes again in another run.
+            own = conditioning.to(device, self.get_dtype_inference(), copy=True)
+            found["c_crossattn"] = kind(own)
         return found
 
 

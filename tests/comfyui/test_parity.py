@@ -17,6 +17,8 @@ TOLERANCES = {
     "sigmas of the simple schedule": 1e-6,
     "KSampler against published features": 1e-4,
     "KSampler against the core's sampler": 1e-4,
+    "each of a batch draws the same": CALL,
+    "the run after a patch is the one before it": 0.0,
     "UNet call against diffusers": CALL,
     "UNet of SDXL's topology": CALL,
     "decoder latents against the published ones": LOOP,
@@ -46,6 +48,13 @@ FACTS = {
     "no plain layer left in fp8",
     "report counts the weights",
     "a LoRA changes the velocity",
+    "one context for all steps",
+    "one context for a batch",
+    "no context outlives its run",
+    "a patch changes what the same conditioning draws",
+    "a hooked prompt is encoded at every step",
+    "a hook changes what the prompt draws",
+    "training keeps no context",
 }
 
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(COMFYUI))
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+import comfy.hooks  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
@@ -265,9 +266,57 @@ def check_lora() -> None:
     result["a LoRA changes the velocity"] = not torch.allclose(partly, golden["dit.velocity"], atol=1e-3)
 
 
+def check_kept_context() -> None:
+    """The context of a prompt is made once per run, and anew where the weights may have changed."""
+    patcher = native_dit.load_dit_patcher(FOLDER, "fp32")
+    network = patcher.model.diffusion_model
+    calls: list[int] = []
+    network.caption_projection.register_forward_hook(lambda *unused: calls.append(1))
+    prompt, noise = golden["text.hidden_states"], golden["text.noise"]
+    lora = {"layers.0.attn2.to_v": torch.ones_like(network.layers[0].attn2.to_v.weight)}
+    hooks = comfy.hooks.HookGroup()
+    hook = comfy.hooks.WeightHook(strength_model=0.5, strength_clip=0.0)
+    hook.weights = {f"diffusion_model.{key}.weight": ("diff", (value,)) for key, value in lora.items()}
+    hook.need_weight_init = False
+    hooks.add(hook)
+
+    def run(model: object, batch: int = 1, **options: object) -> torch.Tensor:
+        calls.clear()
+        conds = [[[prompt, dict(options)]], [[torch.zeros_like(prompt), {}]]]
+        start = noise.expand(batch, -1, -1, -1)
+        return comfy.sample.sample(
+            *(model, start, 6, 3.0, "euler", "simple", *conds, torch.zeros_like(start)),
+            seed=0,
+            disable_pbar=True,
+        )
+
+    plain = run(patcher)
+    result["one context for all steps"] = len(calls) == 1
+    batch = run(patcher, 3)
+    result["one context for a batch"] = len(calls) == 1
+    record("each of a batch draws the same", batch, plain.expand(3, -1, -1, -1))
+    result["no context outlives its run"] = len(vars(network)["_contexts"]) == 0
+    patched = patcher.clone()
+    patched.add_patches(hook.weights, 0.5)
+    with_lora = run(patched)
+    result["a patch changes what the same conditioning draws"] = not torch.allclose(with_lora, plain, atol=1e-3)
+    record("the run after a patch is the one before it", run(patcher), plain)
+    hooked = run(patcher, hooks=hooks)
+    result["a hooked prompt is encoded at every step"] = len(calls) > 6
+    both = patcher.clone()
+    result["a hook changes what the prompt draws"] = not torch.allclose(hooked, run(both), atol=1e-3)
+    with torch.inference_mode(False), torch.enable_grad():
+        calls.clear()
+        x, timestep, context = golden["dit.x"].clone(), golden["dit.timestep"].float().clone(), golden["dit.z"]
+        for _ in range(2):
+            network(x, timestep, context.clone())
+        result["training keeps no context"] = len(calls) == 2 and len(vars(network)["_contexts"]) == 0
+
+
 with torch.inference_mode():
     for check in (
         check_dit,
+        check_kept_context,
         check_decoder,
         check_sdxl_shapes,
         check_backbone,
