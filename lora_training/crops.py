@@ -67,7 +67,7 @@ def choose_views(
         random = np.random.default_rng(int(item.digest, 16))
         views = [_random_view(random, width, height) for _ in range(crop.views)]
     elif crop.mode == "smart":
-        views = [_smart_view(picture, mask)]
+        views = [_smart_view(to_rgb(picture, config.background), mask)]
     else:
         views = [_centre_view(width, height)]
     if crop.flip:
@@ -167,7 +167,7 @@ def _smart_view(picture: Image.Image, mask: Image.Image | None) -> View:
     if mask is not None:
         detail = np.asarray(mask.resize(small, Image.Resampling.BOX), np.float64)
     else:
-        shades = np.asarray(to_rgb(picture).resize(small, Image.Resampling.BOX), np.float64)
+        shades = np.asarray(picture.resize(small, Image.Resampling.BOX), np.float64)
         detail = np.zeros(shades.shape[:2])
         detail[:, 1:] += np.abs(np.diff(shades, axis=1)).sum(axis=2)
         detail[1:] += np.abs(np.diff(shades, axis=0)).sum(axis=2)
