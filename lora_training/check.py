@@ -19,8 +19,8 @@ from ..blip3o_core.checkpoints.layout import COMPONENT_WORDS, CheckpointFiles, o
 from ..blip3o_core.checkpoints.safetensor_files import read_header
 from ..blip3o_core.config import EvaClipConfig
 from ..blip3o_core.devices import pick_device, pick_dtype
-from ..blip3o_core.errors import Blip3oError, MissingFilesError, TrainingDataError
-from ..blip3o_core.prompts import TRAINED_PROMPT_TOKENS, TextTokenizer, count_prompt_tokens
+from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError, TrainingDataError
+from ..blip3o_core.prompts import IMAGE_PAD, TRAINED_PROMPT_TOKENS, TextTokenizer, count_prompt_tokens
 from .config import LoraConfig
 from .crops import open_mask, share_cut_away
 from .dataset import LOOK_SIZE, Dataset, Item, Problem, names_trigger, scan_run
@@ -32,6 +32,8 @@ EXTREME_ASPECT = 2.0
 # Differing bits of two looks' dHash (of 256), and largest difference of a colour (of 255), of one and the same picture.
 # Flat drawings share most bits whatever they show: only the colours tell them apart.
 SAME_HASH_BITS = 12
+# A step between neighbours that makes a bit: less is compression, not content.
+HASH_STEP = 6
 SAME_COLOUR = 40
 MASK_ASPECT_TOLERANCE = 0.02
 FEW_PICTURES = 5
@@ -212,7 +214,7 @@ def duplicates(items: Sequence[Item]) -> list[tuple[Item, ...]]:
     columns, rows = LOOK_SIZE
     looks = np.stack([np.frombuffer(item.look, np.uint8) for item in items]).reshape(-1, rows, columns, 3)
     grey = looks.astype(np.float32).mean(axis=3)
-    bits = (np.diff(grey, axis=2) > 0).reshape(len(items), -1)
+    bits = (np.diff(grey, axis=2) > HASH_STEP).reshape(len(items), -1)
     flat = looks.reshape(len(items), -1).astype(np.float32)
     group = list(range(len(items)))
     for index in range(1, len(items)):
@@ -403,7 +405,15 @@ def _check_captions(dataset: Dataset, tokenizer: TextTokenizer | None) -> Iterat
         text = 'Mirrored views make "left" and "right" in these captions wrong. Set data.crop.flip to false.'
         yield from _about("warning", "flip", text, sided)
     if tokenizer is not None:
-        counts = {item: max(count_prompt_tokens(tokenizer, each) for each in item.prompts) for item in usable}
+        counts: dict[Item, int] = {}
+        strange = []
+        for item in usable:
+            try:
+                counts[item] = max(count_prompt_tokens(tokenizer, each) for each in item.prompts)
+            except BadInputError:
+                strange.append(item)
+        text = f'These captions hold "{IMAGE_PAD}", which stands for a picture in the model. Take it out.'
+        yield from _about("error", "caption", text, strange)
         long = [item for item, count in counts.items() if count > TRAINED_PROMPT_TOKENS]
         yield from _about(
             "warning",
