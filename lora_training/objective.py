@@ -102,7 +102,7 @@ def draw_sigmas(config: TimestepConfig, seed: int, step: int, batch: int) -> Ten
         uniform = (generator.permutation(batch) + uniform) / batch
     if config.dist == "logit_normal":
         normal = torch.special.ndtri(torch.from_numpy(uniform).clamp(1e-12, 1 - 1e-12)).numpy()
-        # The index counts down from pure noise, so that 1 - sigma is what is uniform.
+        # sigma is the logistic of a normal, as in SD3; the index counts down from pure noise.
         uniform = 1 - 1 / (1 + np.exp(-(config.mean + config.std * normal)))
     if config.shift != 1:
         sigma = 1 - uniform

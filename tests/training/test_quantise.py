@@ -1,0 +1,100 @@
+"""Frozen weights in 8 and 4 bits."""
+
+import pytest
+import torch
+from comfyui_blip3o.blip3o_core.errors import BadInputError
+from comfyui_blip3o.lora_training.adapters import attach
+from comfyui_blip3o.lora_training.config import AdapterConfig
+from comfyui_blip3o.lora_training.quantise import QuantisedLinear, set_base_dtype
+from tiny_models import build_dit
+from torch import nn
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("kind", "error", "bits"), [("fp8", 0.04, 8.6), ("nf4", 0.12, 4.6)])
+def test_codes_keep_weights_within_the_error_of_their_format(kind: str, error: float, bits: float) -> None:
+    linear = nn.Linear(96, 70)
+    quantised = QuantisedLinear(linear, kind)
+    difference = (quantised.weight - linear.weight).norm() / linear.weight.norm()
+    assert 0.005 < difference < error
+    stored = sum(buffer.nbytes for buffer in quantised.buffers())
+    assert stored * 8 / linear.weight.numel() < bits
+
+
+def test_nf4_takes_the_nearest_level_of_each_block() -> None:
+    from comfyui_blip3o.lora_training.quantise import NF4_LEVELS
+
+    linear = nn.Linear(64, 3, bias=False)
+    levels = torch.tensor(NF4_LEVELS)
+    scales = linear.weight.abs().amax(dim=1, keepdim=True)
+    nearest = (linear.weight / scales)[..., None].sub(levels).abs().argmin(dim=-1)
+    assert torch.allclose(QuantisedLinear(linear, "nf4").weight, levels[nearest] * scales)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_a_quantised_layer_computes_and_passes_gradients_as_a_layer_with_its_widened_weight(
+    kind: str,
+) -> None:
+    quantised = QuantisedLinear(nn.Linear(40, 24), kind)
+    plain = nn.Linear(40, 24)
+    with torch.no_grad():
+        plain.weight.copy_(quantised.weight)
+        plain.bias.copy_(quantised.bias)
+    inputs = torch.randn(2, 5, 40, requires_grad=True)
+    results, gradients = zip(
+        *(
+            (layer(inputs), torch.autograd.grad((layer(inputs) ** 2).sum(), inputs)[0])
+            for layer in (quantised, plain)
+        ),
+        strict=True,
+    )
+    assert torch.allclose(*results, atol=1e-6)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+@pytest.mark.parametrize(
+    "config", [AdapterConfig(rank=4), AdapterConfig(type="dora", rank=4)], ids=["lora", "dora"]
+)
+def test_adapters_learn_on_a_quantised_dit(kind: str, config: AdapterConfig) -> None:
+    dit = build_dit()
+    before = sum(tensor.nbytes for block in dit.layers for tensor in block.state_dict().values())
+    set_base_dtype(dit, kind, CPU)
+    after = sum(tensor.nbytes for block in dit.layers for tensor in block.state_dict().values())
+    assert after < before / 2
+    generator = torch.Generator().manual_seed(0)
+    given = (
+        torch.randn(2, 16, 4, 4, generator=generator),
+        torch.tensor([3.0, 700.0]),
+        torch.randn(2, 9, 32, generator=generator),
+    )
+    base = dit(*given)
+    adapter = attach(dit, config)
+    assert torch.allclose(dit(*given), base, atol=1e-6)
+    (dit(*given) ** 2).sum().backward()
+    assert all(
+        parameter.grad.abs().sum() > 0
+        for name, parameter in adapter.named_parameters().items()
+        if name.endswith("lora_B.weight")
+    )
+
+
+def test_quantised_weights_cannot_learn_themselves() -> None:
+    dit = build_dit()
+    set_base_dtype(dit, "fp8", CPU)
+    with pytest.raises(BadInputError, match="8 or 4 bits cannot learn"):
+        attach(dit, AdapterConfig(type="full"))
+
+
+def test_a_device_without_8_bit_floats_is_told() -> None:
+    with pytest.raises(BadInputError, match="base_dtype to bf16"):
+        set_base_dtype(build_dit(), "fp8", torch.device("mps"))
+
+
+def test_whole_dtypes_are_set() -> None:
+    dit = build_dit()
+    set_base_dtype(dit, "bf16", CPU)
+    assert {parameter.dtype for parameter in dit.parameters()} == {torch.bfloat16}
+    set_base_dtype(dit, "auto", CPU)
+    assert {parameter.dtype for parameter in dit.parameters()} == {torch.float32}
