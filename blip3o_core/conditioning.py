@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import BadInputError
 from .images import preprocess_for_prompt
 from .models.backbone import Backbone
+from .prefixes import encode_shared
 from .prompts import TRAINED_PROMPT_TOKENS, TextTokenizer, generation_text, image_prompt_text
 from .rows import EncodedRow, embed_rows, encode_picture, pixel_limits
 
@@ -52,8 +53,10 @@ def encode_prompts(
         _prompt_row(backbone, tokenizer, prompt, shown, use_template)
         for prompt, shown in zip(prompts, images, strict=True)
     ]
-    embeddings, mask = embed_rows(backbone, tokenizer, rows, device)
-    return backbone.encode_conditioning(embeddings, mask)
+    positions = torch.arange(len(rows[0].token_ids)).expand(3, -1)
+    shared = encode_shared(backbone, tokenizer, rows, positions, device)
+    embeddings, mask = embed_rows(backbone, tokenizer, shared.rests if shared else rows, device)
+    return backbone.encode_conditioning(embeddings, mask, shared.cache if shared else None)
 
 
 def _prompt_row(

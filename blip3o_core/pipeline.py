@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # transformers and diffusers are imported only when their com
     from .models.decoder import Decoder
     from .models.eva_clip import EvaClip
     from .models.nextdit import NextDiT
+    from .prefixes import KeptChat
     from .rows import EncodedRow
     from .understanding import AnswerSettings, TextCallback, Turn
 
@@ -98,6 +99,7 @@ class Blip3oPipeline:
         self._components: dict[str, nn.Module] = {}
         self._tokenizer: TextTokenizer | None = None
         self._negatives: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._kept_chat: KeptChat | None = None
         self._loras: list[LoadedLora] = []
 
     @property
@@ -132,6 +134,8 @@ class Blip3oPipeline:
         """Forget components (all when none is named); they are read again when next used."""
         for component in components or COMPONENTS:
             self._components.pop(component, None)
+            if component == "backbone":
+                self._kept_chat = None
 
     # LoRAs
 
@@ -575,6 +579,7 @@ class Blip3oPipeline:
         on_text: TextCallback | None = None,
     ) -> list[str]:
         """The assistant's next answer in each chat; every chat ends with a user's turn."""
+        from .prefixes import KeptChat
         from .rows import pixel_limits
         from .understanding import encode_chat, write_answers
 
@@ -583,8 +588,15 @@ class Blip3oPipeline:
         limits = pixel_limits(self.files.folder, min_pixels, max_pixels)
         with self._on_device("backbone") as backbone:
             rows = [encode_chat(backbone, self.tokenizer, turns, limits, system_prompt) for turns in chats]
+            # With offload the device is wanted for the next network.
+            if self._kept_chat is None and not self.offload:
+                self._kept_chat = KeptChat()
             return write_answers(
-                backbone, self.tokenizer, rows, device=self.device, settings=settings, on_text=on_text
+                *(backbone, self.tokenizer, rows),
+                device=self.device,
+                settings=settings,
+                on_text=on_text,
+                kept=self._kept_chat,
             )
 
     def choose(

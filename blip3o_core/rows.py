@@ -83,7 +83,7 @@ def embed_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Embeddings (B, L, C) of rows padded on the left, and the mask (B, L), None when nothing is padded.
 
-    The vision tower runs once for all images of all rows. `device` is where the backbone computes; its weights may lie
+    The vision tower runs once for all images of all rows, and sees an image that is in several of them once. `device` is where the backbone computes; its weights may lie
     elsewhere when a host streams them.
     """
     longest = max(len(row.token_ids) for row in rows)
@@ -92,8 +92,16 @@ def embed_rows(
     embeddings = backbone.embed(token_ids)
     patches = [item for row in rows for item in row.patches]
     if patches:
-        grids = torch.tensor([grid for row in rows for grid in row.grids], device=device)
-        features = backbone.encode_images(torch.cat(patches).to(device), grids)
+        grids = [grid for row in rows for grid in row.grids]
+        first = {id(item): place for place, item in reversed(list(enumerate(patches)))}
+        different = sorted(first.values())
+        features = backbone.encode_images(
+            torch.cat([patches[place] for place in different]).to(device),
+            torch.tensor([grids[place] for place in different], device=device),
+        )
+        sizes = [patches[place].shape[0] // backbone.merge_size**2 for place in different]
+        each = dict(zip(different, features.split(sizes), strict=True))
+        features = torch.cat([each[first[id(item)]] for item in patches])
         is_image = (token_ids == tokenizer.image_pad).unsqueeze(-1).expand_as(embeddings)
         embeddings = embeddings.masked_scatter(is_image, features.to(embeddings))
     if all(len(row.token_ids) == longest for row in rows):

@@ -6,7 +6,7 @@ Letters: B rows, L tokens of the longest row, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -23,8 +23,9 @@ from transformers.generation.logits_process import (
 from .errors import BadInputError
 from .models.backbone import Backbone
 from .noise import MAX_SEED, item_seeds
+from .prefixes import Beginning, KeptChat, encode_shared
 from .prompts import END_OF_TURN, SYSTEM_PROMPT, Message, TextTokenizer, chat_text
-from .rows import EncodedRow, PixelLimits, embed_rows, encode_picture, padded_positions
+from .rows import EncodedRow, PixelLimits, embed_rows, encode_picture, padded_positions, rope_positions
 from .sampling import check_range
 
 # on_text(row, answer so far); return True to end that answer, raise to stop everything.
@@ -111,17 +112,19 @@ def write_answers(
     device: torch.device,
     settings: AnswerSettings | None = None,
     on_text: TextCallback | None = None,
+    kept: KeptChat | None = None,
 ) -> list[str]:
     """Continue each row until it ends its turn; row i equals the same row answered alone.
 
     Args:
         device: where the backbone computes.
+        kept: what is known of a single chat's earlier turns; updated.
         on_text: called as on_text(row, answer so far) after each token; return True to end that answer, raise to stop.
     """
     return [
         tokenizer.decode(token_ids).strip()
         for token_ids in continue_rows(
-            backbone, tokenizer, rows, device=device, settings=settings, on_text=on_text
+            backbone, tokenizer, rows, device=device, settings=settings, on_text=on_text, kept=kept
         )
     ]
 
@@ -135,16 +138,19 @@ def continue_rows(
     device: torch.device,
     settings: AnswerSettings | None = None,
     on_text: TextCallback | None = None,
+    kept: KeptChat | None = None,
 ) -> list[list[int]]:
     """Token ids of each row's answer, without the token that ended it."""
     settings = settings or AnswerSettings()
     choose_token = _token_chooser(settings, [row.token_ids for row in rows])
-    embeddings, mask = embed_rows(backbone, tokenizer, rows, device)
-    positions, following = padded_positions(
-        rows, embeddings.shape[1], tokenizer.image_pad, backbone.merge_size
-    )
-    positions, following = positions.to(device), following.to(device)
-    cache = DynamicCache()
+    longest = max(len(row.token_ids) for row in rows)
+    positions, following = padded_positions(rows, longest, tokenizer.image_pad, backbone.merge_size)
+    known: Beginning | None = None
+    if kept is not None and len(rows) == 1:
+        known = kept.take(backbone, rows[0], tokenizer.image_pad)
+    embeddings, mask = embed_rows(backbone, tokenizer, known.rests if known else rows, device)
+    positions, following = positions[..., -embeddings.shape[1] :].to(device), following.to(device)
+    cache = known.cache if known else DynamicCache()
     answers: list[list[int]] = [[] for _ in rows]
     is_open = [True] * len(rows)
     for step in range(settings.max_new_tokens):
@@ -165,6 +171,8 @@ def continue_rows(
         positions = (following + step).expand(3, -1, -1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+    if kept is not None and len(rows) == 1:
+        kept.keep(backbone, replace(rows[0], token_ids=rows[0].token_ids + answers[0]), cache)
     return answers
 
 
@@ -189,9 +197,21 @@ def choice_log_probabilities(
         if len(tokens) == len(end):
             raise BadInputError(f'The choice "{choice}" is empty.\nWrite at least one word for each choice.')
     rows = [EncodedRow(row.token_ids + tokens, row.patches, row.grids) for tokens in continuations]
-    embeddings, mask = embed_rows(backbone, tokenizer, rows, device)
-    positions, _ = padded_positions(rows, embeddings.shape[1], tokenizer.image_pad, backbone.merge_size)
-    hidden_states = backbone(embeddings, positions.to(device), mask)
+    # The token before each choice predicts its first: it is not part of what is computed once.
+    question = replace(row, token_ids=row.token_ids[:-1])
+    shared = encode_shared(
+        *(backbone, tokenizer, rows),
+        rope_positions(question, tokenizer.image_pad, backbone.merge_size),
+        device,
+        at_most=len(row.token_ids) - 1,
+    )
+    embeddings, mask = embed_rows(backbone, tokenizer, shared.rests if shared else rows, device)
+    if shared and mask is not None:
+        mask = torch.cat([mask.new_ones(len(rows), shared.length), mask], dim=1)
+    longest = max(len(each.token_ids) for each in rows)
+    positions, _ = padded_positions(rows, longest, tokenizer.image_pad, backbone.merge_size)
+    positions = positions[..., -embeddings.shape[1] :]
+    hidden_states = backbone(embeddings, positions.to(device), mask, shared.cache if shared else None)
     scores = []
     for index, tokens in enumerate(continuations):
         # The state before each token predicts it; rows end at the right edge.

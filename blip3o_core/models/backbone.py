@@ -137,7 +137,9 @@ class Backbone(nn.Module):
             use_cache=cache is not None,
         ).last_hidden_state
 
-    def encode_conditioning(self, embeddings: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def encode_conditioning(
+        self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: DynamicCache | None = None
+    ) -> Tensor:
         """Hidden states at the latent queries, which follow the prompt, (B, Q, C).
 
         Positions are plain 0..L-1 on all three axes even when the prompt holds an image, as published.
@@ -145,10 +147,12 @@ class Backbone(nn.Module):
         Args:
             embeddings: the prompt up to and including `[IMG]`, padded on the left, (B, L, C).
             attention_mask: 1 = token, 0 = padding, (B, L); None = no padding.
+            cache: keys and values of tokens that all prompts begin with and `embeddings` leaves out.
         """
         batch = embeddings.shape[0]
         queries = self.latent_queries.to(embeddings).expand(batch, -1, -1)
         embeddings = torch.cat([embeddings, queries], dim=1)
+        before = 0 if cache is None else cache.get_seq_length()
         if attention_mask is None:
             positions = torch.arange(embeddings.shape[1], device=embeddings.device).expand(batch, -1)
         else:
@@ -156,5 +160,6 @@ class Backbone(nn.Module):
                 [attention_mask, attention_mask.new_ones(batch, queries.shape[1])], dim=1
             )
             positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        hidden_states = self(embeddings, positions.expand(3, -1, -1), attention_mask)
+            attention_mask = torch.cat([attention_mask.new_ones(batch, before), attention_mask], dim=1)
+        hidden_states = self(embeddings, (before + positions).expand(3, -1, -1), attention_mask, cache)
         return hidden_states[:, -queries.shape[1] :]
