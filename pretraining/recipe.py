@@ -40,6 +40,7 @@ from .stages.decoder import (
 from .stages.encoder import EncoderStage, encoder_batches, rescale
 from .stages.generation import (
     LATENT_SQUARE,
+    OPEN_COLOURS,
     GenerationOptions,
     GenerationStage,
     encode_pool_prompts,
@@ -322,6 +323,7 @@ class Recipe:
             return features if latents is None else latent_tokens(latents)
 
         singles = self._singles(data)
+        open_colours = data.get("open_colours", OPEN_COLOURS)
         # The decoder's negative features are what the DiT draws for the bare prompt; latents have no such decoder.
         bare_share = config["bare_share"] if options.target == "features" else 0.0
         if options.learn != "dit":
@@ -335,12 +337,14 @@ class Recipe:
                 config["drop"],
                 bare_share=bare_share,
                 singles=(targets(*singles), singles[0].scenes) if singles else None,
+                open_colours=open_colours,
                 questions=options.questions,
             )
         understanding = self.understanding()
 
         def prompts(scenes: ScenePool, which: str, colourless: float) -> np.ndarray:
-            path = self.cache / f"conditioning_{which}{name}_{self._step('understanding')}.npy"
+            share = f"{colourless}_" if which else ""
+            path = self.cache / f"conditioning_{which}{share}{name}_{self._step('understanding')}.npy"
             return encode_pool_prompts(understanding, self.vocabulary, scenes, path, 0, colourless)
 
         return generation_batches(
@@ -351,7 +355,7 @@ class Recipe:
             config["drop"],
             bare=encode_prompts(understanding, self.vocabulary, [None])[0].numpy() if bare_share else None,
             bare_share=bare_share,
-            singles=(targets(*singles), prompts(*singles, 0.4)) if singles else None,
+            singles=(targets(*singles), prompts(*singles, open_colours)) if singles else None,
         )
 
     def caption_ids(self, scenes: Scenes, step: int) -> Tensor:

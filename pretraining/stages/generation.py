@@ -31,6 +31,7 @@ from .understanding import UnderstandingStage, draw_prompt, picture_batch, promp
 OBJECTIVES = ("flow", "mse")
 TARGETS = ("features", "latents")
 LEARNERS = ("dit", "queries", "backbone")
+OPEN_COLOURS = 0.4  # of the prompts of extra single objects
 LATENT_SQUARE = 2  # latents whose sides are twice the grid's become tokens of four times the channels
 
 
@@ -248,6 +249,7 @@ def worded_batches(
     bare_share: float = 0.03,
     singles: tuple[np.ndarray, Scenes] | None = None,
     singles_share: float = 0.35,
+    open_colours: float = OPEN_COLOURS,
     questions: int = 0,
 ) -> Callable[[int], Batch]:
     """generation_batches for a backbone or latent queries that learn: prompts as words, a new wording each time.
@@ -255,6 +257,7 @@ def worded_batches(
     Args:
         bare_share: rows with the bare prompt, 0 = none.
         singles: more targets with their scenes.
+        open_colours: share of their prompts that leave the colour open.
         questions: pictures with questions beside the prompts.
     """
 
@@ -268,7 +271,7 @@ def worded_batches(
             number = round(singles_share * batch_size)
             rows = rng.integers(len(singles[0]), size=number)
             clean[:number] = singles[0][rows]
-            prompts[:number] = [draw_prompt(singles[1], n, rng, colourless=0.4)[0] for n in rows]
+            prompts[:number] = [draw_prompt(singles[1], n, rng, colourless=open_colours)[0] for n in rows]
         keep = rng.random((batch_size, 1, 1)) >= drop
         if bare_share:
             for n in np.flatnonzero(_bare_rows(rng, clean, keep, bare_share)):
