@@ -61,6 +61,7 @@ DrawSamples = Callable[[Adapter, int], None]
 BAD_STEPS, ROLL_BACKS = 3, 2
 SPIKE = 20.0
 RECENT_NORMS = 50
+DRAWING_STEPS = 15
 
 
 @dataclass
@@ -211,7 +212,8 @@ class _Fit:
         self.progress = _Progress()
         self.best: dict[str, Tensor] = {}
         self.step = 0
-        self.prompts: list[tuple[str, Tensor, Tensor]] = []
+        self.kept_prompts = preservation_prompts(config)
+        self.known: dict[str, tuple[Tensor, Tensor]] = {}
         self.saved_at = time.monotonic()
         train = config.train
         plan = plan_memory(
@@ -236,7 +238,7 @@ class _Fit:
         if self.step == 0:
             self._save()  # what a roll-back of the first steps goes back to
         if self.config.uses_preservation:
-            self.prompts = self._draw_prompts()
+            self.known = self._draw_prompts()
         started, first = time.monotonic(), self.step
         while self.step < self.total and self.progress.stopped_because is None:
             is_stopped = self._train_step(started, first)
@@ -307,9 +309,9 @@ class _Fit:
         data = self.data
         rows = draw_rows(data.train, data.regularisation, seed, self.step, self.batch, config.train.cond_drop)
         sigmas = draw_sigmas(config.train.timesteps, seed, self.step, self.batch)
-        lessons = (
-            draw_lessons(rows, self.prompts, seed, self.step, self.batch) if config.uses_preservation else []
-        )
+        lessons = []
+        if config.uses_preservation:
+            lessons = draw_lessons(rows, self.kept_prompts, self.known, seed, self.step, self.batch)
         mine = range(self.processes.index, self.batch, self.processes.count)
         while True:
             is_out_of_memory = False
@@ -565,19 +567,37 @@ class _Fit:
             adapter=self.adapter,
         )
 
-    def _draw_prompts(self) -> list[tuple[str, Tensor, Tensor]]:
-        """What the base model draws for each prompt that must stay, so that it is held where it will be asked."""
-        prompts = [prompt for prompt in preservation_prompts(self.config) if prompt in self.data.prompts]
-        if not prompts:
-            return []
-        conditioning = self._stack([self.data.prompts[prompt] for prompt in prompts])
-        first = self.data.train[0].features
-        side = feature_side(first)
-        noise = draw_noise(self.config.run.seed, 0, range(len(prompts)), (first.shape[-1], side, side))
-        settings = FeatureSettings(steps=self.config.sample.steps, guidance_scale=self.config.sample.cfg)
-        with self.adapter.enabled(False), self.adapter.autocast():
-            features = sample_features(self.dit, conditioning, noise=noise.to(self.device), settings=settings)
-        return list(zip(prompts, conditioning, features.float(), strict=True))
+    def _draw_prompts(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Conditioning of every prompt that must stay, and the features that the base model draws for it."""
+        samples = self.data.train
+        missing = [prompt for prompt in self.kept_prompts if prompt not in self.data.prompts]
+        assert not missing, f"prompts to keep without conditioning: {missing}"
+        conditioning = {prompt: self.data.prompts[prompt] for prompt in self.kept_prompts}
+        for sample in samples:
+            conditioning |= dict(zip(sample.class_prompts, _rows(sample.class_conditioning), strict=True))
+        shape = samples[0].features.shape[1:]
+        side = feature_side(samples[0].features)
+        # As many levels and no guidance: the features of a prompt as training met them, at a quarter of the cost.
+        settings = FeatureSettings(steps=DRAWING_STEPS, guidance_scale=1, sampler="ab2")
+        known: dict[str, tuple[Tensor, Tensor]] = {}
+        prompts = list(conditioning)
+        for start in range(0, len(prompts), self.batch):
+            part = prompts[start : start + self.batch]
+            given = self._stack([conditioning[prompt] for prompt in part])
+            noise = [
+                draw_noise(self.config.run.seed, 0, [index], (shape[1], side, side))
+                for index in range(start, start + len(part))
+            ]
+            with self.adapter.enabled(False), self.adapter.autocast():
+                features = sample_features(
+                    self.dit, given, noise=self._stack(noise).flatten(0, 1), settings=settings
+                )
+            known |= dict(zip(part, zip(given, features.float(), strict=True), strict=True))
+        return known
+
+
+def _rows(tensor: Tensor | None) -> Sequence[Tensor]:
+    return [] if tensor is None else list(tensor)
 
 
 def is_better(found: Validation, best: Validation | None, drift_max: float) -> bool:

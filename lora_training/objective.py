@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -64,7 +64,8 @@ class Lesson:
 
     Attributes:
         index: place in the step's whole batch; noise and sigma are those of the training row there.
-        features: (N, C) that are noised: of the training picture, or of what the base model draws for the prompt.
+        features: (N, C) that are noised: what the base model draws for the prompt, because that is where the adapted
+            model will be asked. (On the training picture's own features the teacher hardly protects other prompts.)
         conditioning: (Q, D).
         prompt: the text behind it; None = all-zero conditioning.
     """
@@ -170,7 +171,8 @@ def _epoch_order(seed: int, stream: str, epoch: int, count: int) -> tuple[int, .
 
 def draw_lessons(
     rows: Sequence[Row],
-    prompts: Sequence[tuple[str, Tensor, Tensor]],
+    prompts: Sequence[str],
+    known: Mapping[str, tuple[Tensor, Tensor]],
     seed: int,
     step: int,
     batch: int,
@@ -179,24 +181,23 @@ def draw_lessons(
 
     Args:
         rows: the training rows, all or some of the step's.
-        prompts: (text, conditioning (Q, D), features (N, C) that the base model draws for it) of what must stay.
+        prompts: what must stay beside the class prompts.
+        known: prompt -> (conditioning (Q, D), features (N, C) that the base model draws for it).
     """
     lessons = []
     for row in rows:
         place = step * batch + row.index
-        has_class = row.sample.class_conditioning is not None and row.sample.class_prompts
+        class_prompt = row.sample.class_prompts[row.caption] if row.sample.class_prompts else None
         pick = random_stream(seed, "lesson", step, row.index).integers(max(1, len(prompts)))
         other = prompts[pick] if prompts else None
-        if place % ZERO_EVERY == 0 or not (has_class or other):
-            features = other[2] if other else row.features
-            lessons.append(Lesson(row.index, features, torch.zeros_like(row.sample.conditioning[0]), None))
-        elif has_class and (place % 2 or other is None):
-            conditioning = row.sample.class_conditioning[row.caption]
-            lessons.append(
-                Lesson(row.index, row.features, conditioning, row.sample.class_prompts[row.caption])
-            )
+        prompt = class_prompt if class_prompt and (place % 2 or not other) else other
+        if prompt is None:  # a regularisation picture, and no other prompts
+            conditioning, features = torch.zeros_like(row.sample.conditioning[0]), row.features
         else:
-            lessons.append(Lesson(row.index, other[2], other[1], other[0]))
+            conditioning, features = known[prompt]
+        if place % ZERO_EVERY == 0:
+            prompt, conditioning = None, torch.zeros_like(conditioning)
+        lessons.append(Lesson(row.index, features, conditioning, prompt))
     return lessons
 
 

@@ -19,7 +19,7 @@ from comfyui_blip3o.lora_training.objective import (
     random_stream,
     velocity_loss,
 )
-from tiny_training import KEPT, training_data
+from tiny_training import CLASS_CAPTION, KEPT, training_data
 from torch import Tensor
 
 
@@ -154,28 +154,33 @@ def test_regularisation_pictures_are_every_other_row_over_the_steps() -> None:
 
 def test_lessons_are_class_prompts_other_prompts_and_now_and_then_nothing() -> None:
     data = training_data(4)
-    drawn = torch.full((16, 16), 9.0)
-    prompts = [(prompt, data.prompts[prompt], drawn) for prompt in KEPT]
-    lessons, rows = [], []
+    drawn = {prompt: (data.prompts[prompt], torch.full((16, 16), 9.0)) for prompt in KEPT}
+    drawn[CLASS_CAPTION] = (data.train[0].class_conditioning[0], torch.full((16, 16), 5.0))
+    kinds = dict.fromkeys((*KEPT, CLASS_CAPTION, None), 0)
     for step in range(100):
-        rows += draw_rows(data.train, (), 0, step, 8, 0.5)
-        lessons += draw_lessons(rows[-8:], prompts, 0, step, 8)
-    kinds = {"class": 0, "prompt": 0, "zero": 0}
-    for row, lesson in zip(rows, lessons, strict=True):
-        if lesson.prompt is None:
-            kinds["zero"] += 1
-            assert not lesson.conditioning.any()
-        elif lesson.prompt in KEPT:
-            kinds["prompt"] += 1
-            assert lesson.features is drawn
-            assert torch.equal(lesson.conditioning, data.prompts[lesson.prompt])
-        else:
-            kinds["class"] += 1
-            assert torch.equal(lesson.conditioning, row.sample.class_conditioning[0])
-            assert torch.equal(lesson.features, row.features)
-    assert {kind: count / 800 for kind, count in kinds.items()} == pytest.approx(
-        {"class": 0.5, "prompt": 0.4, "zero": 0.1}
-    )
+        rows = draw_rows(data.train, (), 0, step, 8, 0.5)
+        for row, lesson in zip(rows, draw_lessons(rows, KEPT, drawn, 0, step, 8), strict=True):
+            kinds[lesson.prompt] += 1
+            assert lesson.index == row.index
+            if lesson.prompt is None:
+                assert not lesson.conditioning.any()
+            else:
+                assert torch.equal(lesson.conditioning, drawn[lesson.prompt][0])
+                assert lesson.features is drawn[lesson.prompt][1]
+    shares = {kind: count / 800 for kind, count in kinds.items()}
+    assert shares[CLASS_CAPTION] == pytest.approx(0.5)
+    assert shares[None] == pytest.approx(0.1)
+    assert [shares[prompt] for prompt in KEPT] == pytest.approx([0.2, 0.2], abs=0.05)
+
+
+def test_regularisation_pictures_without_other_prompts_hold_the_branch_without_conditioning() -> None:
+    data = training_data(2, regularisation=1)
+    object.__setattr__(data.regularisation[0], "class_prompts", ())
+    drawn = {CLASS_CAPTION: (data.train[0].class_conditioning[0], torch.zeros(16, 16))}
+    rows = draw_rows(data.train, data.regularisation, 0, 1, 4, 0.0)
+    lessons = draw_lessons(rows, (), drawn, 0, 1, 4)
+    assert [lesson.prompt for lesson in lessons] == [CLASS_CAPTION, None, CLASS_CAPTION, None]
+    assert torch.equal(lessons[1].features, rows[1].features)
 
 
 def test_masked_features_do_not_count_and_weights_are_relative() -> None:
