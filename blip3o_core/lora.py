@@ -167,6 +167,7 @@ def check_base(file: LoraFile, shapes: Mapping[str, Mapping[str, Sequence[int]]]
     Raises:
         WrongAdapterError: widths differ.
     """
+    _refuse_halves(file)
     loaded = None
     if DIT in shapes:
         loaded = shapes[DIT]["caption_projection.linear_1.weight"][1]
@@ -177,11 +178,6 @@ def check_base(file: LoraFile, shapes: Mapping[str, Mapping[str, Sequence[int]]]
             file.name, file.conditioning_dim, loaded, f"conditioning width {file.conditioning_dim}"
         )
     for (component, module), change in file.changes.items():
-        if not change.is_complete:
-            raise WrongAdapterError(
-                f'The LoRA "{file.name}" is not complete: a part of "{module}" is missing.\n'
-                "Copy or download it again."
-            )
         key = weight_key(module, shapes.get(component, {}))
         found = change.size
         if key is None or found is None:
@@ -190,6 +186,21 @@ def check_base(file: LoraFile, shapes: Mapping[str, Mapping[str, Sequence[int]]]
         if found not in (expected, (expected[0], math.prod(expected[1:]))):
             side = -1 if found[-1] != expected[-1] else 0
             raise _other_size(file.name, found[side], expected[side], f"{module}: width {found[side]}")
+
+
+def check_whole(file: LoraFile) -> None:
+    """Refuse a LoRA of which a part would be lost in another file.
+
+    Raises:
+        WrongAdapterError: a name is unknown, or half of a pair is missing.
+    """
+    if file.unknown or not file.changes:
+        example = f'e.g. "{file.unknown[0]}"' if file.unknown else "it holds none at all"
+        raise WrongAdapterError(
+            f'The LoRA "{file.name}" is not one for BLIP3-o: {len(file.unknown)} of its weights have no place in it '
+            f"({example}).\nUse a LoRA trained for BLIP3-o."
+        )
+    _refuse_halves(file)
 
 
 def other_base(file: LoraFile, fingerprint: str | Callable[[], str]) -> str | None:
@@ -355,6 +366,15 @@ def _read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, s
             f'(e.g. "{broken[0]}"). Its training went wrong.\nUse an earlier file of that training, or train again.'
         )
     return tensors, metadata
+
+
+def _refuse_halves(file: LoraFile) -> None:
+    for (_, module), change in file.changes.items():
+        if not change.is_complete:
+            raise WrongAdapterError(
+                f'The LoRA "{file.name}" is not complete: a part of "{module}" is missing.\n'
+                "Copy or download it again."
+            )
 
 
 def _refuse_kinds(name: str, change: Change) -> None:
