@@ -8,14 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors import safe_open
 
 from .checkpoints.layout import DECODER_FOLDER, CheckpointFiles
-from .checkpoints.safetensor_files import read_header
+from .checkpoints.safetensor_files import read_header, read_tensors
 from .errors import BadInputError
+from .lora import dit_fingerprint
 from .presets import Generation
 
 PNG_KEY = "blip3o"
@@ -49,10 +48,11 @@ def checkpoint_fingerprint(files: CheckpointFiles) -> str:
 def component_fingerprint(
     files: CheckpointFiles, component: str, *, image_encoder_path: Path | None = None
 ) -> str:
-    """Hash of one network of a checkpoint, 16 hex digits: names, kinds, shapes and two rows of each of its tensors.
+    """Hash of one network of a checkpoint, 16 hex digits: names, shapes and both ends of each of its tensors.
 
-    For the backbone also its tokenizer and configuration. Other networks of the checkpoint do not change it, nor does
-    the way tensors are spread over files. It tells versions apart but proves no integrity.
+    Of the DiT it is lora.dit_fingerprint. For the others, whose outputs are kept on disk, the numbers in which they are
+    stored count too, and for the backbone its tokenizer and settings. Other networks of the checkpoint do not change
+    it, nor does the way tensors are spread over files. It tells versions apart but proves no integrity.
 
     Args:
         component: backbone, dit or image_encoder.
@@ -64,16 +64,12 @@ def component_fingerprint(
         _hash_ends(digest, separate)
         return digest.hexdigest()[:16]
     tensors = read_header(separate)[0] if separate else files.component_tensors(component, allow_unknown=True)
-    handles: dict[Path, Any] = {}
-    for name in sorted(tensors):
-        info = tensors[name]
-        if info.path not in handles:
-            handles[info.path] = safe_open(str(info.path), framework="pt", device="cpu")
-        digest.update(f"{name}:{info.dtype}:{info.shape}:".encode())
-        rows = handles[info.path].get_slice(info.key)
-        places = (0, info.shape[0] // 2) if info.shape and info.shape[0] else ()
-        for place in places:
-            digest.update(rows[place : place + 1].contiguous().flatten().view(torch.uint8).numpy())
+    # The tensors are mapped, not read: just the pages with their ends are touched.
+    of_tensors = dit_fingerprint(dict(read_tensors(tensors)))
+    if component == "dit":
+        return of_tensors
+    digest.update(of_tensors.encode())
+    digest.update("".join(sorted({str(info.dtype) for info in tensors.values()})).encode())
     if component == "backbone":
         for name in TOKENIZER_NAMES:
             if (files.folder / name).is_file():

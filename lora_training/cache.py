@@ -256,6 +256,7 @@ def load_data(
             class_prompts=item.class_prompts,
             weights=feature_weights(item, config, shown.shape[1]),
             repeats=item.repeats,
+            weight=item.weight,
         )
 
     return TrainingData(
@@ -279,18 +280,18 @@ def load_data(
 def feature_weights(item: Item, config: LoraConfig, count: int) -> Tensor | None:
     """How much each of `count` features of each view counts, (V, count); None = all alike.
 
-    The share of each cell that the mask leaves, times the picture's weight; bars of a letterbox count nothing.
+    The share of each cell that the mask leaves; bars of a letterbox count nothing.
     """
     data = config.data
     has_mask = item.mask is not None or (data.mask == "alpha" and item.has_alpha)
     has_bars = data.crop.mode == "letterbox" and item.width != item.height
-    if not has_mask and not has_bars and item.weight == 1:
+    if not has_mask and not has_bars:
         return None
     side = round(count**0.5)
     picture = item.open()
     mask = read_mask(item, picture, data)
     views = choose_views(item, picture, data, mask)
-    return item.weight * torch.stack([grid_weights(view, picture.size, mask, side) for view in views])
+    return torch.stack([grid_weights(view, picture.size, mask, side) for view in views])
 
 
 class DamagedEntry(Exception):

@@ -49,7 +49,8 @@ class Sample:
         conditioning: (K, Q, D), one row per caption.
         class_conditioning: the same captions with the class word for the trigger, or None.
         prompts, class_prompts: the texts behind them.
-        weights: how much each feature counts, (V, N), or None for all equally.
+        weights: how much each feature counts, (V, N), or None for all equally; a view may count nothing at all.
+        weight: factor on the loss of the whole picture.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Sample:
     class_prompts: tuple[str, ...]
     weights: Tensor | None = None
     repeats: int = 1
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

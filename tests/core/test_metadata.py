@@ -9,9 +9,11 @@ import torch
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.decoding import PixelSettings
 from comfyui_blip3o.blip3o_core.errors import BadInputError
+from comfyui_blip3o.blip3o_core.lora import dit_fingerprint
 from comfyui_blip3o.blip3o_core.metadata import (
     PNG_KEY,
     checkpoint_fingerprint,
+    component_fingerprint,
     describe_picture,
     read_description,
     save_png,
@@ -163,3 +165,31 @@ def test_other_weights_have_another_fingerprint(tiny_folder: Path, folder: Path,
     content[-1] ^= 1
     (folder / name).write_bytes(content)
     assert fingerprint(folder) != fingerprint(tiny_folder)
+
+
+def test_a_network_keeps_its_fingerprint_whatever_else_changes(tiny_folder: Path, folder: Path) -> None:
+    names = ("backbone", "dit", "image_encoder")
+
+    def fingerprints() -> list[str]:
+        return [component_fingerprint(open_checkpoint(folder), name) for name in names]
+
+    before = fingerprints()
+    assert len(set(before)) == 3
+    dit = tiny_models.build_dit()
+    assert before[1] == dit_fingerprint(dit.state_dict())
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text("utf-8") + " ", "utf-8")
+    after = fingerprints()
+    assert (after[0] == before[0], after[1:] == before[1:]) == (False, True)
+
+
+def test_a_separate_image_encoder_has_its_own_fingerprint(folder: Path, tmp_path: Path) -> None:
+    files = open_checkpoint(folder)
+    path = tmp_path / "eva.bin"
+    torch.save(tiny_models.build_image_encoder().state_dict(), path)
+    inside, separate = (
+        component_fingerprint(files, "image_encoder", image_encoder_path=each) for each in (None, path)
+    )
+    assert inside != separate
+    torch.save(tiny_models.build_image_encoder(seed=9).state_dict(), path)
+    assert component_fingerprint(files, "image_encoder", image_encoder_path=path) not in (inside, separate)

@@ -105,6 +105,7 @@ def test_views_flips_captions_weights_and_repeats_reach_the_sample(folder: Path)
     (folder / "4_more").mkdir()
     (folder / "p01.png").rename(folder / "4_more" / "p01.png")
     (folder / "p01.txt").rename(folder / "4_more" / "p01.txt")
+    (folder / "metadata.jsonl").write_text('{"file_name": "p02.png", "weight": 0.3}', "utf-8")
     config = config_of(folder, crop={"mode": "views", "views": 3, "flip": True}, mask="alpha")
     by_name = {sample.name: sample for sample in fill(config)[2].train}
     first = by_name["p00.png"]
@@ -114,6 +115,7 @@ def test_views_flips_captions_weights_and_repeats_reach_the_sample(folder: Path)
     assert first.class_conditioning is None
     assert (by_name["4_more/p01.png"].repeats, first.repeats) == (4, 1)
     assert by_name["p02.png"].weights is None
+    assert (by_name["p02.png"].weight, first.weight) == (0.3, 1.0)
 
 
 def test_held_out_and_regularisation_pictures_are_kept_apart(tmp_path: Path):

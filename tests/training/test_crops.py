@@ -161,13 +161,11 @@ def test_cells_that_split_pixels_weigh_exact_areas():
     np.testing.assert_allclose(weights.numpy(), expected, atol=1e-6)
 
 
-def test_a_picture_without_mask_bars_or_weight_has_no_weights(tmp_path: Path):
+def test_a_picture_without_mask_or_bars_has_no_weights(tmp_path: Path):
     item, _ = only_item(tmp_path / "set", busy(128, 128, 5, 5))
     config = config_of(tmp_path / "set")
     assert feature_weights(item, config, 64) is None
     assert feature_weights(item, config_of(tmp_path / "set", crop={"mode": "letterbox"}), 64) is None
-    halved = feature_weights(replace(item, weight=0.5), config, 64)
-    assert torch.equal(halved, torch.full((1, 64), 0.5))
 
 
 def test_a_mask_of_another_size_is_scaled_to_its_picture(tmp_path: Path):
