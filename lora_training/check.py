@@ -20,10 +20,13 @@ from ..blip3o_core.checkpoints.safetensor_files import read_header
 from ..blip3o_core.config import EvaClipConfig
 from ..blip3o_core.devices import pick_device, pick_dtype
 from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError, TrainingDataError
+from ..blip3o_core.models.nextdit import NextDiT
 from ..blip3o_core.prompts import IMAGE_PAD, TRAINED_PROMPT_TOKENS, TextTokenizer, count_prompt_tokens
+from . import memory
 from .config import LoraConfig
 from .crops import open_mask, share_cut_away
 from .dataset import LOOK_SIZE, Dataset, Item, Problem, names_trigger, scan_run
+from .memory import OVERHEAD_BYTES
 
 GIB = 2**30
 # Smaller pictures hold nothing to learn from.
@@ -39,14 +42,6 @@ MASK_ASPECT_TOLERANCE = 0.02
 FEW_PICTURES = 5
 PROMPTS_SHOWN = 3
 SIDE_WORDS = ("left", "right")
-# The framework's own share of a GPU, and of main memory.
-FRAMEWORK_BYTES = int(0.8 * GIB)
-# Measured with saved-tensor hooks on the published DiT in bf16: 264 to 286 MiB a sample, 6 MiB with checkpointing;
-# per layer, token and channel of the stream. Twice as much in fp32.
-ACTIVATION_BYTES = 105
-CHECKPOINTED_SHARE = 6 / 275
-# Adapter weight, gradient and Adam's two moments in fp32.
-BYTES_PER_LEARNED = 16
 BASE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 0.55}
 # States, samples and finished files that are kept beside the cache, at least.
 SPARE_BYTES = 100 * 2**20
@@ -139,64 +134,98 @@ def check(config: LoraConfig, *, tokenizer: TextTokenizer | None = None) -> Repo
         problems += _check_masks(dataset)
         problems += _check_captions(dataset, tokenizer)
         notes = tuple(_notes(dataset, config))
-    memory, free = (), None
+    plan, free = (), None
     if files is not None and encoder is not None:
-        memory, free = _check_memory(config, files, encoder, problems)
+        plan, free = _check_memory(config, files, encoder, problems)
     problems += _check_disk(config, dataset, files)
-    return Report(dataset, tuple(problems), notes, memory, free)
+    return Report(dataset, tuple(problems), notes, plan, free)
 
 
 def plan_memory(
-    config: LoraConfig, files: CheckpointFiles, encoder: EvaClipConfig, device: torch.device
+    config: LoraConfig,
+    files: CheckpointFiles,
+    encoder: EvaClipConfig,
+    device: torch.device,
+    free: int | None = None,
 ) -> tuple[PhaseMemory, ...]:
     """Estimated peaks of the phases, from the sizes of the weight files.
 
-    The fit is planned with its batch in one network call and without checkpointing where the configuration leaves that
-    open; smaller calls and checkpointing are used when it does not fit.
+    Args:
+        free: bytes into which the fit is planned, see memory.plan_memory; None = with its whole batch in one call.
     """
     dtype = pick_dtype("auto", device, sum(files.component_bytes.values()))
     name = config.model.base_dtype
     encoding = {"fp32": 4.0, "bf16": 2.0}.get(name, float(dtype.itemsize))
     base = BASE_BYTES.get(name, 4.0 if device.type == "cpu" else 2.0)
-    tensors = files.component_tensors("dit", allow_unknown=True)
-    sizes = infer_nextdit(tensors, files.name)
-    tokens = encoder.feature_grid**2
-    sample = ACTIVATION_BYTES * sizes.layers * sizes.dim * tokens * (max(base, 2.0) / 2)
-    calls = config.batch if config.train.micro_batch == "auto" else config.train.micro_batch
-    is_checkpointed = config.train.grad_checkpoint is True
-    activations = calls * sample * (CHECKPOINTED_SHARE if is_checkpointed else 1.0)
-    dit_parameters = _parameters(files, "dit")
-    if config.adapter.type == "full":
-        learned = float(dit_parameters)
-    elif config.adapter.type in ("queries", "none"):
-        learned = 0.0
-    else:
-        learned = config.adapter.rank * sum(
-            info.shape[0] + info.shape[1]
-            for key, info in tensors.items()
-            if len(info.shape) == 2 and (".attn" in key or ".feed_forward." in key)
-        )
-    fit = base * dit_parameters + BYTES_PER_LEARNED * learned + activations
-    beside = "DiT and adapter"
-    if config.needs_backbone:
-        fit += base * _parameters(files, "backbone")
-        beside = "DiT, backbone and adapter"
     patches = encoder.patch_grid**2 + 1
     looking = encoding * patches * (encoder.mlp_dim + 8 * encoder.width)
-    own = FRAMEWORK_BYTES
+    features = encoding * _parameters(files, "image_encoder", config) + looking
+    backbone = encoding * _parameters(files, "backbone")
+    fit, how = _plan_fit(config, files, encoder.feature_grid**2, base, device, free)
     plan = [
-        PhaseMemory(
-            "features",
-            int(encoding * _parameters(files, "image_encoder", config) + looking) + own,
-            "image encoder",
-        ),
-        PhaseMemory("conditioning", int(encoding * _parameters(files, "backbone")) + own, "backbone"),
-        PhaseMemory("fit", int(fit) + own, f"{beside}, {calls} samples in a call"),
+        PhaseMemory("features", int(features) + OVERHEAD_BYTES, "image encoder"),
+        PhaseMemory("conditioning", int(backbone) + OVERHEAD_BYTES, "backbone"),
+        PhaseMemory("fit", fit, how),
     ]
     if "decoder" in files.component_bytes:
-        drawn = encoding * _parameters(files, "decoder")
-        plan.append(PhaseMemory("prove", int(max(drawn, fit - activations)) + own, "decoder, after the DiT"))
+        drawing = base * _parameters(files, "dit"), encoding * _parameters(files, "decoder")
+        plan.append(PhaseMemory("prove", int(max(drawing)) + OVERHEAD_BYTES, "DiT, then decoder"))
     return tuple(plan)
+
+
+def _plan_fit(
+    config: LoraConfig,
+    files: CheckpointFiles,
+    features: int,
+    base_bytes: float,
+    device: torch.device,
+    free: int | None,
+) -> tuple[int, str]:
+    """Bytes of the fit and what lies in memory then, with a DiT that has sizes but no weights."""
+    sizes = infer_nextdit(files.component_tensors("dit", allow_unknown=True), files.name)
+    with torch.device("meta"):
+        dit = NextDiT(sizes).to(torch.float32 if base_bytes == BASE_BYTES["fp32"] else torch.bfloat16)
+    # What the plan does not know of: reduced weights are smaller, the backbone stays when something in it learns.
+    other = OVERHEAD_BYTES
+    if base_bytes < BASE_BYTES["bf16"]:
+        other -= int((BASE_BYTES["bf16"] - base_bytes) * _parameters(files, "dit"))
+    if config.needs_backbone:
+        other += int(max(base_bytes, BASE_BYTES["bf16"]) * _parameters(files, "backbone"))
+    train = config.train
+    plan = memory.plan_memory(
+        dit,
+        _learning(config, dit),
+        config.batch,
+        features=features,
+        ema=config.ema > 0,
+        micro_batch=None if train.micro_batch == "auto" else train.micro_batch,
+        grad_checkpoint=None if train.grad_checkpoint == "auto" else train.grad_checkpoint,
+        device=device,
+        free=None if free is None else max(0, free - other),
+    )
+    networks = "DiT, backbone and adapter" if config.needs_backbone else "DiT and adapter"
+    checkpointing = ", gradient checkpointing" if plan.grad_checkpoint else ""
+    return plan.needed + other, f"{networks}, {_count(plan.micro_batch, 'sample')} in a call{checkpointing}"
+
+
+def _learning(config: LoraConfig, dit: NextDiT) -> int:
+    """Parameters that learn in the DiT; of a custom choice of layers as if it were all that can."""
+    adapter = config.adapter
+    if adapter.type == "full":
+        return sum(parameter.numel() for parameter in dit.parameters())
+    if adapter.type in ("queries", "none"):
+        return 0
+    parts = {
+        "cross": (".attn2.",),
+        "attn": (".attn1.", ".attn2."),
+        "attn_ffn": (".attn1.", ".attn2.", ".feed_forward."),
+    }.get(adapter.targets, (".attn1.", ".attn2.", ".feed_forward.", "caption_projection."))
+    chosen = [
+        weight.shape
+        for name, weight in dit.named_parameters()
+        if weight.ndim == 2 and any(part in name for part in parts)
+    ]
+    return adapter.rank * sum(rows + columns for rows, columns in chosen)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -454,17 +483,22 @@ def _check_memory(
 ) -> tuple[tuple[PhaseMemory, ...], int | None]:
     try:
         device = pick_device(config.model.device)
-        plan = plan_memory(config, files, encoder, device)
     except Blip3oError as error:
         problems.append(Problem("error", "device", str(error)))
         return (), None
     free = free_memory(device)
+    try:
+        # On the CPU the fit does not cut its calls: main memory is not as hard a limit.
+        plan = plan_memory(config, files, encoder, device, free if device.type == "cuda" else None)
+    except Blip3oError as error:
+        problems.append(Problem("error", "model", str(error)))
+        return (), free
     for each in plan:
         if free is not None and each.bytes > free:
             remedy = {
                 "features": "Close other programs, or use model.device cpu for this phase.",
                 "conditioning": "Close other programs, or use model.device cpu for this phase.",
-                "fit": "Smaller network calls and checkpointing will be tried; close other programs.",
+                "fit": "Close other programs, or set model.base_dtype to fp8 or adapter.rank lower.",
                 "prove": "Close other programs.",
             }[each.phase]
             text = (
@@ -518,17 +552,12 @@ def _cache_bytes(dataset: Dataset, files: CheckpointFiles) -> int:
 
 
 def _state_bytes(config: LoraConfig, files: CheckpointFiles) -> int:
-    """Adapter, average and the optimiser's two moments in fp32."""
+    """Weights, average and the optimiser's two moments in fp32."""
     if not files.has_component("dit"):
         return 0
-    tensors = files.component_tensors("dit", allow_unknown=True)
-    if config.adapter.type == "full":
-        learned = _parameters(files, "dit")
-    else:
-        learned = config.adapter.rank * sum(
-            sum(info.shape) for info in tensors.values() if len(info.shape) == 2
-        )
-    return 16 * learned
+    with torch.device("meta"):
+        dit = NextDiT(infer_nextdit(files.component_tensors("dit", allow_unknown=True), files.name))
+    return 16 * _learning(config, dit)
 
 
 def _parameters(files: CheckpointFiles, component: str, config: LoraConfig | None = None) -> int:
