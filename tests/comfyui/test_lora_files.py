@@ -17,7 +17,9 @@ from torch import Tensor
 
 SCRIPT = Path(__file__).parent / "inside" / "loras.py"
 # ComfyUI's own loader changes the DiT alone.
-ON_THE_DIT = [kind for kind in KINDS if kind not in ("queries", "backbone", "lora, queries and backbone")]
+ON_THE_DIT = [
+    kind for kind in KINDS if kind not in ("full", "queries", "backbone", "lora, queries and backbone")
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,17 @@ def assert_same(found: Tensor, expected: Tensor, plain: Tensor) -> None:
 @pytest.mark.parametrize("kind", ON_THE_DIT)
 def test_the_stock_loader_computes_what_the_trainer_did(learned, computed, kind: str, naming: str):
     assert_same(computed[f"stock 1.0 {kind}{naming}"], learned[kind][1], computed["none"])
+
+
+@pytest.mark.parametrize("naming", ["", " kohya"])
+def test_of_a_full_finetune_the_stock_loader_leaves_only_the_gates_out(
+    folder: Path, learned, computed, naming: str
+):
+    # ComfyUI patches the weights of layers, and a gate is a parameter beside them.
+    layers = {key: tensor for key, tensor in learned["full"][0].items() if ".gate." not in key}
+    pipeline = open_pipeline(folder)
+    pipeline.load_lora(LoraFile("full", layers))
+    assert_same(computed[f"stock 1.0 full{naming}"], velocity(pipeline), computed["none"])
 
 
 @pytest.mark.parametrize("naming", ["", " kohya"])

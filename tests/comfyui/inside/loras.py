@@ -35,10 +35,10 @@ def velocity(patcher: object, handle: load.BackboneHandle) -> torch.Tensor:
     network = patcher.model.diffusion_model
     channels, side = network.config.in_channels, round(prompt.shape[1] ** 0.5)
     grid = torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(7))
-    patcher.load(torch.device("cpu"), full_load=True)
+    patcher.patch_model(torch.device("cpu"))
     found = network(grid, torch.tensor([900.0, 100.0]), prompt.expand(2, -1, -1))
     patcher.unpatch_model(torch.device("cpu"))
-    return found.clone()
+    return found.contiguous()
 
 
 with torch.inference_mode():
