@@ -105,7 +105,8 @@ def fit(
 ) -> FitResult:
     """Train an adapter on a DiT, from the newest state of the run's folder when it has one.
 
-    The DiT moves to the configured device and dtype, is frozen and keeps the adapter; Adapter.remove takes it off.
+    The DiT moves to the configured device and dtype, is frozen and keeps the adapter; Adapter.remove takes it
+    off. When this raises, it is already off.
     Several processes (torchrun, accelerate launch) share each batch and learn the same as one.
 
     Args:
@@ -136,6 +137,9 @@ def fit(
         )
         try:
             return run.go()
+        except BaseException:
+            run.adapter.remove()
+            raise
         finally:
             run.release()
 
