@@ -128,6 +128,8 @@ def to_kohya(file: LoraFile, base: Weights | None = None) -> dict[str, Tensor]:
 def to_diffusers(file: LoraFile, base: Weights | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under diffusers' names, and the metadata that tells their strength.
 
+    diffusers reads the metadata since 0.34, and LoKr since later; older ones take alpha to be the rank.
+
     Raises:
         WrongAdapterError: it changes the backbone, which has no place in a file of diffusers.
     """
