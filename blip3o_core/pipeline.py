@@ -97,6 +97,7 @@ class Blip3oPipeline:
         self._image_encoder_path = image_encoder_path
         self._allow_unknown = allow_unknown
         self._components: dict[str, nn.Module] = {}
+        self._streamed: set[str] = set()
         self._tokenizer: TextTokenizer | None = None
         self._negatives: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._kept_chat: KeptChat | None = None
@@ -136,6 +137,20 @@ class Blip3oPipeline:
             self._components.pop(component, None)
             if component == "backbone":
                 self._kept_chat = None
+
+    def stream(self, component: str) -> Blip3oPipeline:
+        """Keep a network in host memory from now on; each layer is on the device only while it computes.
+
+        For encoding on a device that is too small for the whole network: every call moves all weights once. Answers,
+        with a call for each word, are written sooner on the CPU.
+
+        Args:
+            component: backbone (which then encodes prompts without pictures) or image_encoder.
+        """
+        assert component in ("backbone", "image_encoder"), component
+        self.unload(component)
+        self._streamed.add(component)
+        return self
 
     # LoRAs
 
@@ -653,7 +668,7 @@ class Blip3oPipeline:
 
     def _component(self, name: str) -> Any:
         if name not in self._components:
-            place = "cpu" if self.offload else self.device
+            place = "cpu" if self.offload or name in self._streamed else self.device
             options: dict[str, Any] = {"dtype": self.dtype, "device": place}
             if name == "decoder":
                 self._components[name] = load_decoder(self.files, **options)
@@ -666,12 +681,18 @@ class Blip3oPipeline:
                 self._components[name] = load(self.files, allow_unknown=self._allow_unknown, **options)
                 loras = [(each.changes[name], each.strength) for each in self._loras if name in each.changes]
                 apply_changes(self._components[name], loras)
+            if name in self._streamed:
+                from accelerate import cpu_offload
+
+                network = self._components[name]
+                # The latent queries, a few values beside the text model, stay as they are.
+                cpu_offload(network.text if name == "backbone" else network, self.device)
         return self._components[name]
 
     @contextmanager
     def _on_device(self, name: str) -> Iterator[Any]:
         component = self._component(name)
-        if not self.offload:
+        if not self.offload or name in self._streamed:
             yield component
             return
         component.to(self.device)

@@ -28,9 +28,11 @@ from ..blip3o_core.errors import MissingFilesError, TrainingDataError
 from ..blip3o_core.metadata import component_fingerprint
 from ..blip3o_core.pipeline import Blip3oPipeline, load_pipeline
 from ..blip3o_core.prompts import IMAGE_BEGIN, generation_text
+from .check import free_memory, parameters_of
 from .config import LoraConfig
 from .crops import choose_views, cut, describe_transform, grid_weights, read_mask
 from .dataset import DIGEST_DIGITS, Dataset, Item, Problem
+from .memory import OVERHEAD_BYTES
 from .records import EventSink, Interrupted, Sample, StopCheck, TrainingData
 
 CACHE_NAME = "cache"
@@ -38,6 +40,13 @@ SCHEMA = "1"
 # What two calls on the same input may differ by where a device does not compute the same bits twice.
 SAME_COSINE = 0.9999
 SECONDS_PER_DAY = 86400
+_ONE_BY_ONE = (
+    "does not fit into the GPU's free memory: its layers visit it one after another, which takes longer."
+)
+TOO_LARGE = {
+    "image_encoder": f"The image encoder {_ONE_BY_ONE}",
+    "backbone": f"The language model {_ONE_BY_ONE}",
+}
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,7 @@ def cache_features(
         return {"picture": item.name, "transform": keys.transform, "image_encoder": keys.image_encoder}
 
     return _fill(
+        config,
         "features",
         "image_encoder",
         {path: (lambda item=item: encode(item)) for path, item in wanted.items()},
@@ -202,6 +212,7 @@ def cache_conditioning(
     wanted = {folder / keys.conditioning(prompt): prompt for prompt in prompts}
     about = {"backbone": keys.backbone, "template": keys.template}
     return _fill(
+        config,
         "conditioning",
         "backbone",
         # One by one: padding beside a longer prompt would change the last bits.
@@ -321,6 +332,14 @@ def read_entry(path: Path) -> Tensor:
     return tensor
 
 
+def is_too_large(config: LoraConfig, pipeline: Blip3oPipeline, component: str) -> bool:
+    """Whether a network does not fit into what is free of the pipeline's GPU."""
+    if pipeline.device.type != "cuda":
+        return False
+    needed = parameters_of(pipeline.files, component, config) * pipeline.dtype.itemsize + OVERHEAD_BYTES
+    return needed > free_memory(pipeline.device)
+
+
 def verify_cache(
     config: LoraConfig,
     dataset: Dataset,
@@ -382,6 +401,7 @@ def collect_garbage(folder: Path, keep: Iterable[str] = (), *, unused_days: floa
 
 
 def _fill(
+    config: LoraConfig,
     phase: str,
     component: str,
     work: dict[Path, Callable[[], Tensor]],
@@ -416,6 +436,9 @@ def _fill(
                 message = f"The cache entry of {labels[path]} was damaged ({error}) and is computed again."
                 tell({"event": "warning", "message": message})
                 repaired += 1
+            if not computed and is_too_large(config, pipeline, component):
+                tell({"event": "warning", "message": TOO_LARGE[component]})
+                pipeline.stream(component)
             tensor = compute().cpu()
             if not tensor.isfinite().all():
                 refused.append(labels[path])

@@ -43,6 +43,9 @@ FEW_PICTURES = 5
 PROMPTS_SHOWN = 3
 SIDE_WORDS = ("left", "right")
 BASE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 0.55}
+SLOWER = (
+    "Its layers will visit the GPU one after another, which takes longer; close other programs to avoid it."
+)
 # States, samples and finished files that are kept beside the cache, at least.
 SPARE_BYTES = 100 * 2**20
 
@@ -159,8 +162,8 @@ def plan_memory(
     base = BASE_BYTES.get(name, 4.0 if device.type == "cpu" else 2.0)
     patches = encoder.patch_grid**2 + 1
     looking = encoding * patches * (encoder.mlp_dim + 8 * encoder.width)
-    features = encoding * _parameters(files, "image_encoder", config) + looking
-    backbone = encoding * _parameters(files, "backbone")
+    features = encoding * parameters_of(files, "image_encoder", config) + looking
+    backbone = encoding * parameters_of(files, "backbone")
     fit, how = _plan_fit(config, files, encoder.feature_grid**2, base, device, free)
     plan = [
         PhaseMemory("features", int(features) + OVERHEAD_BYTES, "image encoder"),
@@ -168,7 +171,7 @@ def plan_memory(
         PhaseMemory("fit", fit, how),
     ]
     if "decoder" in files.component_bytes:
-        drawing = base * _parameters(files, "dit"), encoding * _parameters(files, "decoder")
+        drawing = base * parameters_of(files, "dit"), encoding * parameters_of(files, "decoder")
         plan.append(PhaseMemory("prove", int(max(drawing)) + OVERHEAD_BYTES, "DiT, then decoder"))
     return tuple(plan)
 
@@ -188,9 +191,9 @@ def _plan_fit(
     # What the plan does not know of: reduced weights are smaller, the backbone stays when something in it learns.
     other = OVERHEAD_BYTES
     if base_bytes < BASE_BYTES["bf16"]:
-        other -= int((BASE_BYTES["bf16"] - base_bytes) * _parameters(files, "dit"))
+        other -= int((BASE_BYTES["bf16"] - base_bytes) * parameters_of(files, "dit"))
     if config.needs_backbone:
-        other += int(max(base_bytes, BASE_BYTES["bf16"]) * _parameters(files, "backbone"))
+        other += int(max(base_bytes, BASE_BYTES["bf16"]) * parameters_of(files, "backbone"))
     train = config.train
     plan = memory.plan_memory(
         dit,
@@ -234,6 +237,22 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     # Apple's GPU shares the main memory.
     return psutil.virtual_memory().available if device.type in ("cpu", "mps") else None
+
+
+def parameters_of(files: CheckpointFiles, component: str, config: LoraConfig | None = None) -> int:
+    """Numbers in a network; where only its size on disk is known, as if it were kept in bf16.
+
+    Args:
+        config: says where a separate image encoder is.
+    """
+    if component == "decoder":
+        return files.component_bytes["decoder"] // 2
+    if component == "image_encoder":
+        separate = files.image_encoder_file(config.model.image_encoder if config else None)
+        if separate is not None:
+            return separate.stat().st_size // 2
+    tensors = files.component_tensors(component, allow_unknown=True)
+    return sum(info.nbytes // info.dtype.itemsize for info in tensors.values())
 
 
 def duplicates(items: Sequence[Item]) -> list[tuple[Item, ...]]:
@@ -496,8 +515,8 @@ def _check_memory(
     for each in plan:
         if free is not None and each.bytes > free:
             remedy = {
-                "features": "Close other programs, or use model.device cpu for this phase.",
-                "conditioning": "Close other programs, or use model.device cpu for this phase.",
+                "features": SLOWER,
+                "conditioning": SLOWER,
                 "fit": "Close other programs, or set model.base_dtype to fp8 or adapter.rank lower.",
                 "prove": "Close other programs.",
             }[each.phase]
@@ -558,18 +577,6 @@ def _state_bytes(config: LoraConfig, files: CheckpointFiles) -> int:
     with torch.device("meta"):
         dit = NextDiT(infer_nextdit(files.component_tensors("dit", allow_unknown=True), files.name))
     return 16 * _learning(config, dit)
-
-
-def _parameters(files: CheckpointFiles, component: str, config: LoraConfig | None = None) -> int:
-    """Numbers in a network; where only its size on disk is known, as if it were kept in bf16."""
-    if component == "decoder":
-        return files.component_bytes["decoder"] // 2
-    if component == "image_encoder":
-        separate = files.image_encoder_file(config.model.image_encoder if config else None)
-        if separate is not None:
-            return separate.stat().st_size // 2
-    tensors = files.component_tensors(component, allow_unknown=True)
-    return sum(info.nbytes // info.dtype.itemsize for info in tensors.values())
 
 
 def _about(

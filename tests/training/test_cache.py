@@ -362,6 +362,36 @@ def test_never_two_networks_are_in_memory(folder: Path, monkeypatch: pytest.Monk
     assert not pipeline._components
 
 
+def test_networks_that_do_not_fit_are_streamed_and_give_the_same_bits(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = fill(config_of(folder))[2]
+    monkeypatch.setattr(cache, "is_too_large", lambda config, pipeline, component: True)
+    events: list[dict[str, Any]] = []
+    config = config_of(folder, f"run.dir={tmp_path / 'small card'}")
+    features, conditioning, streamed = fill(config, on_event=events.append)
+    assert (features.computed, conditioning.computed) == (3, 5)
+    for one, other in zip(whole.train, streamed.train, strict=True):
+        assert torch.equal(one.features, other.features)
+        assert torch.equal(one.conditioning, other.conditioning)
+    messages = [event["message"] for event in events if event["event"] == "warning"]
+    assert messages == [cache.TOO_LARGE["image_encoder"], cache.TOO_LARGE["backbone"]]
+
+
+def test_a_network_is_too_large_when_its_weights_and_the_framework_exceed_what_is_free(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_of(folder)
+    pipeline = open_pipeline(config)
+    backbone = 4 * sum(parameter.numel() for parameter in pipeline.backbone.parameters())
+    needed = backbone + cache.OVERHEAD_BYTES
+    assert not cache.is_too_large(config, pipeline, "backbone")
+    pipeline.device = torch.device("cuda")
+    for free, is_too_large in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(cache, "free_memory", lambda device, free=free: free)
+        assert cache.is_too_large(config, pipeline, "backbone") is is_too_large
+
+
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_a_stop_keeps_what_is_done_and_the_next_run_goes_on(folder: Path, done: int):
     config = config_of(folder)

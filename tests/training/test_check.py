@@ -242,7 +242,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch
 def published(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
     """The plan, in MiB, for networks of the published 8B model's sizes on a GPU."""
     counted = {"image_encoder": 4.35e9, "backbone": 8.29e9, "dit": 1.365e9, "decoder": 2.65e9}
-    monkeypatch.setattr(module, "_parameters", lambda files, component, config=None: int(counted[component]))
+    monkeypatch.setattr(module, "parameters_of", lambda files, component, config=None: int(counted[component]))
     monkeypatch.setattr(module, "infer_nextdit", lambda tensors, name: NextDiTConfig())
     files = open_checkpoint(BUILT_IN_MODEL)
 
