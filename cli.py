@@ -1,4 +1,4 @@
-"""The `blip3o` command: draw, ask, caption, vary, inspect, download, convert, verify, pretrain and score."""
+"""The `blip3o` command: draw, ask, caption, vary, inspect, download, convert, verify, train, pretrain and score."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .blip3o_core.config import BUILT_IN_MODEL
 from .blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
+from .lora_training.cli import add_lora
 from .pretraining.benchmarks import add_benchmark_arguments, run_benchmark
 from .pretraining.cli import add_eval, add_pretrain, run_eval, run_pretrain
 
@@ -59,6 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_download(commands)
     _add_convert(commands)
     _add_verify(commands)
+    add_lora(
+        _command(
+            commands, "lora", None, "Teach the model something of your own: train, prove and manage LoRAs."
+        )
+    )
     add_pretrain(
         _command(
             commands,
@@ -79,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> Any:
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None] | None, text: str
+) -> Any:
     parser = commands.add_parser(
         name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
