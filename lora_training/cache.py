@@ -12,6 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -415,6 +416,7 @@ def _fill(
     tell = on_event or (lambda event: None)
     computed, reused, repaired = 0, 0, 0
     refused: list[str] = []
+    assert not pipeline.loras, "the cache holds what the checkpoint says, not a LoRA on it"
     # Only what is computed here may fill the memory.
     pipeline.unload(*(other for other in COMPONENTS if other != component))
     try:
@@ -427,7 +429,9 @@ def _fill(
                 )
             try:
                 read_entry(path)
-                os.utime(path)
+                # When it was last used; a cache that may not be written still serves.
+                with suppress(OSError):
+                    os.utime(path)
                 reused += 1
                 continue
             except FileNotFoundError:

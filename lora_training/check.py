@@ -41,6 +41,8 @@ SAME_COLOUR = 40
 MASK_ASPECT_TOLERANCE = 0.02
 FEW_PICTURES = 5
 PROMPTS_SHOWN = 3
+# What stands for every word that is not in a model's list.
+UNKNOWN_TOKEN = "<unk>"
 SIDE_WORDS = ("left", "right")
 BASE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 0.55}
 SLOWER = (
@@ -462,6 +464,12 @@ def _check_captions(dataset: Dataset, tokenizer: TextTokenizer | None) -> Iterat
                 strange.append(item)
         text = f'These captions hold "{IMAGE_PAD}", which stands for a picture in the model. Take it out.'
         yield from _about("error", "caption", text, strange)
+        unknown = {item: _unknown_words(item.prompts, tokenizer) for item in counts}
+        text = "The model does not know these words: they all mean the same to it. Use words that it knows."
+        strangers = [item for item, words in unknown.items() if words]
+        yield from _about(
+            "warning", "unknown words", text, strangers, [", ".join(unknown[item]) for item in strangers]
+        )
         long = [item for item, count in counts.items() if count > TRAINED_PROMPT_TOKENS]
         yield from _about(
             "warning",
@@ -471,6 +479,13 @@ def _check_captions(dataset: Dataset, tokenizer: TextTokenizer | None) -> Iterat
             long,
             [f"{counts[item]} tokens" for item in long],
         )
+
+
+def _unknown_words(prompts: Sequence[str], tokenizer: TextTokenizer) -> list[str]:
+    """Words that a model with a fixed list of words has never seen; large models have none."""
+    unknown = tokenizer.token_id(UNKNOWN_TOKEN)
+    words = {word.strip(".,:;!?\"'()") for prompt in prompts for word in prompt.split()}
+    return sorted(word for word in words if unknown is not None and unknown in tokenizer.encode(word))
 
 
 def _notes(dataset: Dataset, config: LoraConfig) -> Iterator[str]:

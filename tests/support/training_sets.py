@@ -8,6 +8,8 @@ import numpy as np
 from comfyui_blip3o.lora_training.config import LoraConfig, parse_config
 from PIL import Image, ImageDraw
 
+# Words that the built-in model knows.
+ADDED = ("zero", "one", "two", "three", "big", "small", "medium", "large", "top", "bottom", "white", "black")
 COLOURS = ("red", "blue", "green", "purple", "cyan", "yellow")
 
 
@@ -19,15 +21,18 @@ def drawing(index: int, size: tuple[int, int] = (128, 128)) -> Image.Image:
     return picture
 
 
+def caption(index: int) -> str:
+    """The caption of a drawing, another for each index."""
+    return f"a {COLOURS[index % len(COLOURS)]} circle, {ADDED[index % 12]} {ADDED[index // 12]}"
+
+
 def write_set(folder: Path, count: int = 3, *, captions: bool = True) -> Path:
     """`count` drawings, p00.png ..., each with its caption."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         drawing(index).save(folder / f"p{index:02}.png")
         if captions:
-            (folder / f"p{index:02}.txt").write_text(
-                f"a {COLOURS[index % 6]} circle, number {index}\n", "utf-8"
-            )
+            (folder / f"p{index:02}.txt").write_text(caption(index) + "\n", "utf-8")
     return folder
 
 

@@ -34,7 +34,7 @@ from comfyui_blip3o.lora_training.config import LoraConfig
 from comfyui_blip3o.lora_training.dataset import scan_run
 from comfyui_blip3o.lora_training.records import Interrupted, TrainingData
 from PIL import Image
-from training_sets import config_of, drawing, write_set
+from training_sets import caption, config_of, drawing, write_set
 
 EXTRA = ("a red ring", "two blue stars")
 
@@ -122,7 +122,7 @@ def test_held_out_and_regularisation_pictures_are_kept_apart(tmp_path: Path):
     folder, others = write_set(tmp_path / "set", 12), write_set(tmp_path / "others", 2)
     data = fill(config_of(folder, f"train.prior.reg_path={others}", trigger="star", class_word="ring"))[2]
     assert (len(data.train), len(data.held_out), len(data.regularisation)) == (11, 1, 2)
-    assert data.regularisation[0].prompts == ("a red circle, number 0",)
+    assert data.regularisation[0].prompts == (caption(0),)
     assert data.regularisation[0].class_conditioning is None
 
 

@@ -18,7 +18,7 @@ from comfyui_blip3o.lora_training import check as module
 from comfyui_blip3o.lora_training.check import GIB, Report, check, duplicates, plan_memory
 from comfyui_blip3o.lora_training.dataset import scan_dataset
 from PIL import Image, ImageDraw, ImageEnhance
-from training_sets import COLOURS, FAULTS, config_of, drawing, write_set
+from training_sets import COLOURS, FAULTS, caption, config_of, drawing, write_set
 
 
 def names_of(report: Report, kind: str) -> set[str]:
@@ -37,7 +37,7 @@ def test_a_sound_set_has_nothing_wrong(tmp_path: Path):
     assert "Nothing is wrong." in report.text()
     assert "6 pictures to train on, none held out." in report.text()
     assert "40 steps of 8." in report.text()
-    assert 'p00.png: "a red circle, number 0"' in report.text()
+    assert f'p00.png: "{caption(0)}"' in report.text()
     report.raise_for_errors()
 
 
@@ -71,7 +71,7 @@ def test_one_report_names_everything(tmp_path: Path):
         "identical captions": {"dot.png", "p02.png"},
     }
     assert {kind: names_of(report, kind) for kind in expected} == expected
-    assert {problem.kind for problem in report.problems} == set(expected)
+    assert {problem.kind for problem in report.problems} == {*expected, "unknown words"}
     text = report.text()
     for names in expected.values():
         assert all(name in text for name in names)
@@ -160,8 +160,15 @@ def test_captions_that_lack_the_trigger_others_have_are_named(tmp_path: Path):
 
 
 def test_a_trigger_that_is_the_class_word_teaches_nothing(tmp_path: Path):
-    report = check(config_of(write_set(tmp_path / "set", 6), trigger="Cat ", class_word="cat"))
+    report = check(config_of(write_set(tmp_path / "set", 6), trigger="Ring ", class_word="ring"))
     assert [problem.kind for problem in report.problems] == ["trigger"]
+
+
+def test_words_that_the_model_does_not_know_are_told(tmp_path: Path):
+    report = check(config_of(write_set(tmp_path / "set", 6), trigger="Ohwx", class_word="circle"))
+    (problem,) = report.problems
+    assert (problem.kind, problem.level, len(problem.names)) == ("unknown words", "warning", 6)
+    assert set(problem.details) == {"Ohwx"}
 
 
 def test_mirrored_sides_are_told(tmp_path: Path):
@@ -242,7 +249,9 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch
 def published(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
     """The plan, in MiB, for networks of the published 8B model's sizes on a GPU."""
     counted = {"image_encoder": 4.35e9, "backbone": 8.29e9, "dit": 1.365e9, "decoder": 2.65e9}
-    monkeypatch.setattr(module, "parameters_of", lambda files, component, config=None: int(counted[component]))
+    monkeypatch.setattr(
+        module, "parameters_of", lambda files, component, config=None: int(counted[component])
+    )
     monkeypatch.setattr(module, "infer_nextdit", lambda tensors, name: NextDiTConfig())
     files = open_checkpoint(BUILT_IN_MODEL)
 

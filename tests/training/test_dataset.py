@@ -21,7 +21,7 @@ from comfyui_blip3o.lora_training.dataset import (
     scan_run,
 )
 from PIL import Image
-from training_sets import FAULTS, config_of, drawing, write_set
+from training_sets import FAULTS, caption, config_of, drawing, write_set
 
 
 def scan(folder: Path, *overrides: str, **data: object) -> Dataset:
@@ -141,7 +141,7 @@ def test_metadata_gives_texts_weight_split_and_mask(tmp_path: Path):
     assert items["p00.png"].prompts == ("ohwx, first",)
     assert items["p00.png"].weight == 0.5
     assert items["p01.png"].prompts == ("ohwx, second", "ohwx again")
-    assert items["p02.png"].prompts == ("ohwx, a green circle, number 2",)
+    assert items["p02.png"].prompts == (f"ohwx, {caption(2)}",)
     assert items["p02.png"].mask.path.name == "m.png"
     assert [item.name for item in dataset.held_out] == ["p01.png"]
 
@@ -445,6 +445,6 @@ def test_regularisation_pictures_get_no_trigger_and_none_is_held_out(tmp_path: P
     config = config_of(folder, f"train.prior.reg_path={other}", trigger="ohwx", class_word="cat")
     dataset = scan_run(config)
     assert len(dataset.regularisation) == 12
-    assert dataset.regularisation[0].prompts == ("a red circle, number 0",)
+    assert dataset.regularisation[0].prompts == (caption(0),)
     assert not any(item.is_held_out or item.class_prompts for item in dataset.regularisation)
     assert any(problem.text.startswith("Regularisation: ") for problem in dataset.problems)
