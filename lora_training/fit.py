@@ -254,7 +254,8 @@ class _Fit:
                     f"Stopped after step {self.step} of {self.total}, as asked; the LoRA of that step is saved.\n"
                     "Run the same command again to go on."
                 )
-            if time.monotonic() - self.saved_at >= self.config.save.every_seconds:
+            is_due = time.monotonic() - self.saved_at >= self.config.save.every_seconds
+            if is_due and not self.progress.bad_steps:  # only a good state is one to come back to
                 self._save()
         self.progress.stopped_because = self.progress.stopped_because or "steps"
         self._audit()
@@ -404,6 +405,7 @@ class _Fit:
         if progress.bad_steps < BAD_STEPS:
             return
         if progress.roll_backs == ROLL_BACKS:
+            self._save()
             raise Diverged(
                 f"Training went wrong for the third time, at step {self.step}: the loss is not finite.\n"
                 "The best weights so far are saved. Lower train.optimizer.lr, or look for broken pictures."
@@ -414,8 +416,10 @@ class _Fit:
         if self.processes.is_main:
             amend_state(self.states, state.step, {"rate_share": share, "roll_backs": roll_backs})
         self.processes.wait()
+        best = self.best, progress.best
         self._restore(state)
-        self.progress.rate_share, self.progress.roll_backs = share, roll_backs
+        self.progress.rate_share, self.progress.roll_backs, self.progress.bad_steps = share, roll_backs, 0
+        self.best, self.progress.best = best  # may have been found after that state was saved
         self._warn(f"Back to step {self.step} with {share:g} of the learning rate.")
 
     def _watch_norm(self, norm: float) -> None:
@@ -585,8 +589,8 @@ class _Fit:
         settings = FeatureSettings(steps=DRAWING_STEPS, guidance_scale=1, sampler="ab2")
         known: dict[str, tuple[Tensor, Tensor]] = {}
         prompts = list(conditioning)
-        for start in range(0, len(prompts), self.batch):
-            part = prompts[start : start + self.batch]
+        for start in range(0, len(prompts), self.micro_batch):
+            part = prompts[start : start + self.micro_batch]
             given = self._stack([conditioning[prompt] for prompt in part])
             noise = [
                 draw_noise(self.config.run.seed, 0, [index], (shape[1], side, side))

@@ -1,7 +1,5 @@
 """Training sets and configurations for fits that take a second: features and conditioning for the tiny random DiT."""
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,26 +95,3 @@ def same(first: dict[str, torch.Tensor] | None, second: dict[str, torch.Tensor] 
     if first is None or second is None:
         return first is second
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def in_child(work: Callable[[], None], *, kill_after: float | None = None) -> int:
-    """Run work in a forked child, killed after some seconds; its exit status, negative = the signal that ended it.
-
-    Only for a process that has not run a backward pass: autograd does not survive a fork.
-    """
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            if kill_after is not None:
-                signal.setitimer(signal.ITIMER_REAL, max(kill_after, 1e-4))
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            work()
-            code = 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
