@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -300,7 +301,9 @@ def feature_weights(item: Item, config: LoraConfig, count: int) -> Tensor | None
     if not has_mask and not has_bars:
         return None
     side = round(count**0.5)
-    picture = item.open()
+    # Just the size counts, unless the picture itself is the mask: decoding large photographs takes long.
+    is_own_mask = data.mask == "alpha" and item.has_alpha
+    picture = item.open() if is_own_mask else Image.new("L", (item.width, item.height))
     mask = read_mask(item, picture, data)
     views = choose_views(item, picture, data, mask)
     return torch.stack([grid_weights(view, picture.size, mask, side) for view in views])

@@ -101,7 +101,7 @@ class Item:
         repeats: how often it counts in a pass over the set.
         weight: of its loss.
         mask: picture file that says what counts.
-        caption_path: where its caption is or would be written; None inside a tar.
+        caption_path: where its caption is or would be written; None inside a tar and where metadata.jsonl has it.
     """
 
     name: str
@@ -268,11 +268,9 @@ def assemble_prompts(caption: str, config: DataConfig) -> tuple[str, str]:
     trigger = " ".join(config.trigger.split())
     if not trigger:
         return text, ""
+    text = _as_words(trigger).sub(lambda _: TRIGGER_PLACE, text)
     if TRIGGER_PLACE not in text:
-        written = _as_words(trigger)
-        text = written.sub(lambda _: TRIGGER_PLACE, text)
-        if TRIGGER_PLACE not in text:
-            text = f"{TRIGGER_PLACE}, {text}" if text else TRIGGER_PLACE
+        text = f"{TRIGGER_PLACE}, {text}" if text else TRIGGER_PLACE
     class_word = " ".join(config.class_word.split())
     return text.replace(TRIGGER_PLACE, trigger), text.replace(TRIGGER_PLACE, class_word) if class_word else ""
 
@@ -427,7 +425,12 @@ def _caption_beside(
             "These have a .txt and a .caption file; the .txt counts. Remove one of the two.",
             name,
         )
-    return _lines(texts[0].read_bytes(), name, problems), texts[0]
+    try:
+        data = texts[0].read_bytes()
+    except OSError as error:
+        problems.add("error", "caption", f"The captions of these cannot be read ({error.strerror}).", name)
+        return [], texts[0]
+    return _lines(data, name, problems), texts[0]
 
 
 def _lines(data: bytes, name: str, problems: _Problems) -> list[str]:
@@ -447,8 +450,9 @@ def _read_metadata(root: Path, problems: _Problems) -> dict[str, dict[str, Any]]
     rows: dict[str, dict[str, Any]] = {}
     try:
         lines = (root / METADATA_NAME).read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        problems.add("error", "metadata", f"{METADATA_NAME} is not UTF-8 text. Save it anew as UTF-8.")
+    except (UnicodeDecodeError, OSError) as error:
+        text = f"{METADATA_NAME} cannot be read as UTF-8 text ({error}). Save it anew as UTF-8."
+        problems.add("error", "metadata", text)
         return rows
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -40,6 +40,7 @@ def names_of(dataset: Dataset, kind: str) -> set[str]:
     [
         ("a [trigger] on grass", "a ohwx dog on grass", "a dog on grass"),
         ("[trigger] and [trigger]", "ohwx dog and ohwx dog", "dog and dog"),
+        ("[trigger] beside an ohwx dog", "ohwx dog beside an ohwx dog", "dog beside an dog"),
         ("on grass", "ohwx dog, on grass", "dog, on grass"),
         ("a photo of ohwx dog asleep", "a photo of ohwx dog asleep", "a photo of dog asleep"),
         ("An Ohwx Dog asleep", "An ohwx dog asleep", "An dog asleep"),
@@ -324,6 +325,18 @@ def test_accents_match_however_they_are_written(tmp_path: Path):
     dataset = scan(folder)
     assert dataset.prompts == ("coffee",)
     assert not dataset.problems
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_files_that_lead_nowhere_are_named(tmp_path: Path):
+    folder = write_set(tmp_path / "set", 2)
+    (folder / "p01.txt").unlink()
+    (folder / "p01.txt").symlink_to(tmp_path / "gone.txt")
+    (folder / "link.png").symlink_to(tmp_path / "gone.png")
+    dataset = scan(folder)
+    assert names_of(dataset, "caption") == {"p01.png"}
+    assert names_of(dataset, "unreadable") == {"link.png"}
+    assert [item.name for item in dataset.train] == ["p00.png"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
