@@ -25,7 +25,7 @@ from ..blip3o_core.prompts import IMAGE_PAD, TRAINED_PROMPT_TOKENS, TextTokenize
 from . import memory
 from .config import LoraConfig
 from .crops import open_mask, share_cut_away
-from .dataset import LOOK_SIZE, Dataset, Item, Problem, names_trigger, scan_run
+from .dataset import LOOK_SIZE, TRIGGER_PLACE, Dataset, Item, Problem, names_trigger, scan_run
 from .memory import OVERHEAD_BYTES
 
 GIB = 2**30
@@ -501,9 +501,10 @@ def _notes(dataset: Dataset, config: LoraConfig) -> Iterator[str]:
     if config.data.trigger.strip():
         # Where a caption is missing, the trigger itself is the prompt.
         placed = sum(
-            names_trigger(each, config.data) for item in train for each in item.captions or ("[trigger]",)
+            names_trigger(each, config.data) for item in train for each in item.captions or (TRIGGER_PLACE,)
         )
-        yield f'"{config.data.trigger}" is named in {placed} of {captions} captions and put in front of the others.'
+        others = " and put in front of the others" if placed < captions else ""
+        yield f'"{config.data.trigger}" is named in {placed} of {captions} captions{others}.'
     if train:
         yield f"{config.steps(len(train))} steps of {config.batch}."
         yield "Prompts that are trained, for example:"
