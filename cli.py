@@ -18,6 +18,8 @@ from .pretraining.benchmarks import add_benchmark_arguments, run_benchmark
 from .pretraining.cli import add_eval, add_pretrain, run_eval, run_pretrain
 
 if TYPE_CHECKING:  # torch takes seconds to import: only commands that compute do so
+    from .blip3o_core.checkpoints.layout import CheckpointFiles
+    from .blip3o_core.memory_plan import MemoryPlan
     from .blip3o_core.pipeline import Blip3oPipeline, Generation
 
 EXIT_ERROR = 2
@@ -106,6 +108,21 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--offload",
         action="store_true",
         help="keep networks in main memory, move each to the GPU while it works",
+    )
+    group.add_argument(
+        "--stream",
+        action="store_true",
+        help="backbone and EVA-CLIP visit the GPU layer by layer: smallest, exact, slow for long answers",
+    )
+    group.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        help="fp8, int8 or nf4: keep the weights of backbone and EVA-CLIP in fewer bits",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile DiT and decoder: the first picture takes a minute more, later ones are faster on a GPU",
     )
     group.add_argument(
         "--image-encoder", type=Path, metavar="PATH", help="a separate EVA-CLIP file or its folder"
@@ -252,6 +269,11 @@ def _add_info(commands: Any) -> None:
         commands, "info", run_info, "What is in a checkpoint folder, and in which memory it fits."
     )
     parser.add_argument("folder", type=Path, nargs="?", help="default: the built-in tiny model")
+    parser.add_argument(
+        "--plan",
+        metavar="SIZE",
+        help="what goes where on a card of this size, e.g. 8GB, and with which options",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON for scripts")
 
 
@@ -447,7 +469,16 @@ def run_info(arguments: argparse.Namespace) -> None:
     from .blip3o_core.checkpoints.layout import open_checkpoint
     from .blip3o_core.info import describe_checkpoint
 
-    description = describe_checkpoint(open_checkpoint(arguments.folder or _built_in_model()))
+    files = open_checkpoint(arguments.folder or _built_in_model())
+    plans = _memory_plans(files, arguments.plan) if arguments.plan else []
+    if plans and not arguments.json:
+        print("\n".join(str(plan) for plan in plans))
+        return
+    description = describe_checkpoint(files)
+    if plans:
+        from .blip3o_core.memory_plan import plan_json
+
+        description["plans"] = [plan_json(plan) for plan in plans]
     if arguments.json:
         print(json.dumps(description, indent=2))
         return
@@ -467,6 +498,15 @@ def run_info(arguments: argparse.Namespace) -> None:
             print(
                 f"To {use}: {_size(fit['together_bytes'])} of weights, {_size(fit['offload_bytes'])} with --offload. {cards}"
             )
+
+
+def _memory_plans(files: CheckpointFiles, size: str) -> list[MemoryPlan]:
+    """A plan for every use whose networks are there."""
+    from .blip3o_core.memory_plan import USES, largest_file, measure_disk, parse_memory, plan_memory
+
+    budget, speed = parse_memory(size), measure_disk(largest_file(files))
+    usable = [use for use, networks in USES.items() if all(map(files.has_component, networks))]
+    return [plan_memory(files, budget, use, bytes_per_second=speed) for use in usable]
 
 
 def run_download(arguments: argparse.Namespace) -> None:
@@ -528,6 +568,9 @@ def _open_pipeline(arguments: argparse.Namespace) -> Blip3oPipeline:
         dtype=arguments.dtype,
         device=arguments.device,
         offload=arguments.offload,
+        quantize=arguments.quantize,
+        stream=arguments.stream,
+        compile=arguments.compile,
         image_encoder_path=arguments.image_encoder,
     )
 

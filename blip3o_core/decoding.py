@@ -146,12 +146,14 @@ def denoise_latents(
         position = 1 - step / total
         is_guided = settings.guidance_scale != 1 and low <= position <= high
         inputs = scheduler.scale_model_input(latents, timestep).to(dtype)
+        torch.compiler.cudagraph_mark_step_begin()
         if is_guided:
             output = decoder.unet(inputs.repeat(2, 1, 1, 1), timestep, **both).sample.to(latents.dtype)
             away, toward = output.chunk(2)
             output = away + settings.guidance_scale * (toward - away)
         else:
-            output = decoder.unet(inputs, timestep, **plain).sample.to(latents.dtype)
+            # A copy: a recorded graph writes each result over the one before, and some samplers look back.
+            output = decoder.unet(inputs, timestep, **plain).sample.to(latents.dtype, copy=True)
         index = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
         sigma = scheduler.sigmas[index]
         before = latents

@@ -7,20 +7,12 @@ from typing import Any
 
 from .checkpoints.infer import infer_eva_clip, infer_nextdit
 from .checkpoints.keys import COMPONENTS
-from .checkpoints.layout import DECODER_NETWORKS, CheckpointFiles
-from .checkpoints.safetensor_files import read_header
+from .checkpoints.layout import CheckpointFiles
 from .errors import Blip3oError
+from .memory_plan import GIB, USES, component_tensors, plan_memory
 from .metadata import checkpoint_fingerprint
 
-GIB = 2**30
-# What drawing needs beside the weights at 1024 x 1024: the VAE's activations and the framework's own share.
-WORKING_BYTES = int(2.5 * GIB)
 MEMORY_SIZES_GIB = (8, 12, 16, 24, 32, 48)
-USES = {
-    "draw": ("backbone", "dit", "decoder"),
-    "answer": ("backbone",),
-    "vary": ("image_encoder", "dit", "decoder"),
-}
 
 
 @dataclass(frozen=True)
@@ -44,17 +36,14 @@ def describe_checkpoint(files: CheckpointFiles) -> dict[str, Any]:
         "fingerprint": checkpoint_fingerprint(files),
         "components": {name: asdict(info) for name, info in components.items()},
         "total_bytes": sum(info.bytes for info in present.values()),
-        "memory": {use: _fits({name: info.bytes for name, info in present.items()}, use) for use in USES},
+        "memory": {use: _fits(files, present, use) for use in USES},
     }
 
 
 def _describe(files: CheckpointFiles, name: str) -> ComponentInfo:
     try:
         if name == "decoder":
-            tensors = {}
-            for network in DECODER_NETWORKS:
-                header = read_header(files.decoder_file(network))[0]
-                tensors |= {f"{network}.{key}": info for key, info in header.items()}
+            tensors = component_tensors(files, name)
             unet = files.decoder_config("unet")
             sizes = {
                 "features": unet.get("cross_attention_dim"),
@@ -85,16 +74,19 @@ def _sizes(files: CheckpointFiles, name: str, tensors: dict[str, Any]) -> dict[s
     return {"width": queries[2], "layers": len(layers), "latent_queries": queries[1]}
 
 
-def _fits(sizes: dict[str, int], use: str) -> dict[str, Any]:
+def _fits(files: CheckpointFiles, present: dict[str, ComponentInfo], use: str) -> dict[str, Any]:
     """Bytes of weights resident together and one at a time (offload), and how each memory size copes."""
-    needed = [sizes[name] for name in USES[use] if name in sizes]
+    needed = [present[name].bytes for name in USES[use] if name in present]
     if len(needed) < len(USES[use]):
         return {"available": False}
-    together, largest = sum(needed), max(needed)
     verdicts = {}
     for size in MEMORY_SIZES_GIB:
-        room = size * GIB - WORKING_BYTES
-        verdicts[f"{size} GB"] = (
-            "fits" if together <= room else "fits with --offload" if largest <= room else "too small"
-        )
-    return {"available": True, "together_bytes": together, "offload_bytes": largest, "cards": verdicts}
+        plan = plan_memory(files, size * GIB, use)
+        way = f"fits with {plan.way.options}" if plan.way.options else "fits"
+        verdicts[f"{size} GB"] = way if plan.fits else "too small"
+    return {
+        "available": True,
+        "together_bytes": sum(needed),
+        "offload_bytes": max(needed),
+        "cards": verdicts,
+    }

@@ -18,6 +18,7 @@ from .checkpoints.keys import COMPONENTS
 from .checkpoints.layout import CheckpointFiles, open_checkpoint
 from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder
 from .checkpoints.safetensor_files import read_tensors
+from .compiling import compile_network
 from .decoding import PixelCallback, PixelSettings, decode_features, picture_size
 from .devices import pick_device, pick_dtype
 from .errors import BadInputError
@@ -30,8 +31,10 @@ from .images import (
 from .lora import LoraFile, check_fit, dit_fingerprint, other_base, read_lora
 from .lora_changes import Change, apply_changes
 from .noise import MAX_SEED, PublishedNoise, SeededNoise, item_seeds, seeded_noise
+from .offload import stream_layers
 from .presets import PRESETS, Generation
 from .prompts import SYSTEM_PROMPT, TextTokenizer
+from .quantize import check_format, quantize_network
 from .sampling import FeatureSettings, StepCallback, check_range, sample_features
 
 if TYPE_CHECKING:  # transformers and diffusers are imported only when their component is loaded
@@ -48,6 +51,7 @@ logger = logging.getLogger(__name__)
 # Published code steers the decoder away from features drawn for a bare space, without the chat template.
 PUBLISHED_NEGATIVE_PROMPT = " "
 CACHED_NEGATIVES = 8
+LARGE_NETWORKS = ("backbone", "image_encoder")
 # Pictures in one call of the image encoder: its activations grow with every one.
 ENCODED_AT_ONCE = 8
 
@@ -76,6 +80,9 @@ class Blip3oPipeline:
         dtype: of the weights and the networks' arithmetic; the sampling loops always sum in float32.
         device: where networks compute.
         offload: keep networks in host memory and move each to the device only while it works.
+        quantize: format of the linear layers of backbone and image encoder, a name in quantize.FORMATS; None = dtype.
+        stream: keep backbone and image encoder in host memory for good, see stream_layers.
+        compile: torch.compile the DiT and the decoder's UNet where that works.
         image_encoder_path: a separate EVA-CLIP file or its folder.
         allow_unknown: leave tensors of unknown name out instead of refusing the checkpoint.
     """
@@ -87,6 +94,9 @@ class Blip3oPipeline:
         dtype: torch.dtype,
         device: torch.device,
         offload: bool = False,
+        quantize: str | None = None,
+        stream: bool = False,
+        compile: bool = False,
         image_encoder_path: Path | None = None,
         allow_unknown: bool = False,
     ) -> None:
@@ -94,10 +104,12 @@ class Blip3oPipeline:
         self.dtype = dtype
         self.device = device
         self.offload = offload
+        self.quantize = quantize
+        self.compile = compile
         self._image_encoder_path = image_encoder_path
         self._allow_unknown = allow_unknown
         self._components: dict[str, nn.Module] = {}
-        self._streamed: set[str] = set()
+        self._streamed: set[str] = set(LARGE_NETWORKS if stream else ())
         self._tokenizer: TextTokenizer | None = None
         self._negatives: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._kept_chat: KeptChat | None = None
@@ -145,9 +157,9 @@ class Blip3oPipeline:
         with a call for each word, are written sooner on the CPU.
 
         Args:
-            component: backbone (which then encodes prompts without pictures) or image_encoder.
+            component: backbone or image_encoder.
         """
-        assert component in ("backbone", "image_encoder"), component
+        assert component in LARGE_NETWORKS, component
         self.unload(component)
         self._streamed.add(component)
         return self
@@ -195,6 +207,7 @@ class Blip3oPipeline:
         for name in {name for each in (*self._loras, *loras) for name in each.changes}:
             self._components.pop(name, None)
         self._negatives.clear()
+        self._kept_chat = None
         self._loras = loras
 
     # Drawing
@@ -668,7 +681,10 @@ class Blip3oPipeline:
 
     def _component(self, name: str) -> Any:
         if name not in self._components:
-            place = "cpu" if self.offload or name in self._streamed else self.device
+            is_moved = self.offload or name in self._streamed
+            weight_format = self.quantize if name in LARGE_NETWORKS else None
+            # Shrunk on the way from the files to their place.
+            place = "cpu" if is_moved or weight_format else self.device
             options: dict[str, Any] = {"dtype": self.dtype, "device": place}
             if name == "decoder":
                 self._components[name] = load_decoder(self.files, **options)
@@ -681,12 +697,13 @@ class Blip3oPipeline:
                 self._components[name] = load(self.files, allow_unknown=self._allow_unknown, **options)
                 loras = [(each.changes[name], each.strength) for each in self._loras if name in each.changes]
                 apply_changes(self._components[name], loras)
+            network = self._components[name]
+            if weight_format is not None:
+                quantize_network(network, weight_format, torch.device("cpu") if is_moved else self.device)
             if name in self._streamed:
-                from accelerate import cpu_offload
-
-                network = self._components[name]
-                # The latent queries, a few values beside the text model, stay as they are.
-                cpu_offload(network.text if name == "backbone" else network, self.device)
+                stream_layers(network, self.device)
+            if self.compile and name in ("dit", "decoder"):
+                compile_network(network if name == "dit" else network.unet, self.device)
         return self._components[name]
 
     @contextmanager
@@ -718,6 +735,9 @@ def load_pipeline(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     offload: bool = False,
+    quantize: str | None = None,
+    stream: bool = False,
+    compile: bool = False,
     image_encoder_path: str | Path | None = None,
     allow_unknown: bool = False,
 ) -> Blip3oPipeline:
@@ -729,12 +749,17 @@ def load_pipeline(
             the CPU, fp32 for models below 4 GB and bf16 above.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "mps" or a torch device.
         offload: keep networks in host memory and move each to the device only while it works.
+        quantize: "fp8", "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
+        stream: backbone and image encoder visit the device layer by layer; exact, and slow for long answers.
+        compile: torch.compile the DiT and the decoder's UNet where that works; the first picture takes a minute more.
         image_encoder_path: a separate EVA-CLIP file or its folder.
 
     Raises:
         MissingFilesError, WrongCheckpointError: see checkpoints/layout.py.
         BadInputError: an unknown dtype, or a device that this machine does not have.
     """
+    if quantize is not None:
+        check_format(quantize)
     files = open_checkpoint(folder)
     place = pick_device(device)
     return Blip3oPipeline(
@@ -742,6 +767,9 @@ def load_pipeline(
         dtype=pick_dtype(dtype, place, sum(files.component_bytes.values())),
         device=place,
         offload=offload,
+        quantize=quantize,
+        stream=stream,
+        compile=compile,
         image_encoder_path=None if image_encoder_path is None else Path(image_encoder_path).expanduser(),
         allow_unknown=allow_unknown,
     )

@@ -6,6 +6,7 @@ Letters: B rows, L tokens.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -147,9 +148,9 @@ def _outside_images(row: EncodedRow, length: int, image_pad: int, merge_size: in
     return length
 
 
-def _weights_key(backbone: Backbone) -> tuple[tuple[int, int], ...]:
+def _weights_key(backbone: Backbone) -> tuple[object, ...]:
     """Changes when weights are exchanged or changed in place."""
-    return tuple(
+    return weakref.ref(backbone), *(
         (id(parameter), 0 if parameter.is_inference() else parameter._version)
         for parameter in backbone.parameters()
     )

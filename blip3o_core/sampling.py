@@ -154,7 +154,10 @@ class CachedDiT:
         self.encode_context = dit.encode_context
 
     def __call__(self, feature_grid: Tensor, index: int, context: DiTContext) -> Tensor:
-        return self.dit(feature_grid, self.timesteps[index].expand(feature_grid.shape[0]), context=context)
+        torch.compiler.cudagraph_mark_step_begin()
+        timestep = self.timesteps[index].expand(feature_grid.shape[0])
+        # A recorded graph writes each result over the one before.
+        return self.dit(feature_grid, timestep, context=context).clone()
 
 
 def to_tokens(grid: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ PLAIN_LAYERS = (
 def can_fuse(dit: nn.Module) -> bool:
     """Whether a DiT consists of its own plain layers, all on one device, outside training.
 
-    A wrapped layer (an adapter, a host's or an accelerator's hooks) computes something of its own and must be called.
+    A wrapped layer (an adapter, a host's or an accelerator's hooks) or a compiled network computes in a way of its own
+    and must be called.
     """
     return (
         type(dit) is NextDiT
@@ -58,6 +59,7 @@ def can_fuse(dit: nn.Module) -> bool:
             and not module._forward_hooks
             and not module._forward_pre_hooks
             and "forward" not in vars(module)
+            and module._compiled_call_impl is None
             for module in dit.modules()
         )
     )
