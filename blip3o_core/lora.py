@@ -19,7 +19,6 @@ from torch import Tensor
 from .errors import MissingFilesError, WrongAdapterError
 from .lora_changes import (
     BACKBONE,
-    CANONICAL,
     DIT,
     NOT_APPLIED,
     QUERIES,
@@ -73,6 +72,12 @@ class LoraFile:
         return sorted(
             {module or key for key, (module, part) in modules.items() if not part or not place(module)}
         )
+
+    @cached_property
+    def own_names(self) -> dict[Address, str]:
+        """What the file itself calls each layer."""
+        modules = {split_key(key)[0] for key in self.tensors}
+        return {address: module for module in sorted(modules) if (address := place(module))}
 
     @property
     def canonical(self) -> dict[str, Tensor]:
@@ -145,7 +150,7 @@ def check_fit(
     for (component, module), change in file.changes.items():
         key = weight_key(module, shapes.get(component, {}))
         if key is None:
-            homeless.append(CANONICAL[component] + module)
+            homeless.append(file.own_names[component, module])
         else:
             fitting.setdefault(component, {})[key] = change
     total = len(file.changes) + len(file.unknown)

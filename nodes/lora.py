@@ -139,18 +139,17 @@ def _patches(
             "Export it for ComfyUI with: blip3o lora convert"
         )
     keys: dict[str, str] = {}
-    homeless = list(file.unknown)
+    homeless = dict.fromkeys(file.unknown, "")
     for component, module in file.changes:
         key = weight_key(module, shapes.get(component, {}))
-        name = CANONICAL[component] + module
         if key is None:
-            homeless.append(name)
+            homeless[file.own_names[component, module]] = component
         else:
             # Keys of the DiT's patcher begin with ComfyUI's own prefix, those of the backbone's have none.
-            keys[name] = CANONICAL[component] + key
+            keys[CANONICAL[component] + module] = CANONICAL[component] + key
     loaded = comfy.lora.load_lora(file.canonical, keys, log_missing=False)
     if homeless or not loaded:
-        _raise_homeless(file, sorted(homeless), dit, backbone)
+        _raise_homeless(file, homeless, dit, backbone)
     return {
         DIT: {key: patch for key, patch in loaded.items() if key.startswith(CANONICAL[DIT])},
         BACKBONE: {
@@ -185,13 +184,13 @@ def _owner(network: nn.Module, key: str) -> nn.Module:
 
 def _raise_homeless(
     file: LoraFile,
-    homeless: list[str],
+    homeless: dict[str, str],
     dit: comfy.model_patcher.ModelPatcher | None,
     backbone: BackboneHandle | None,
 ) -> None:
+    """Tell why names of the file (each with the network it means) have no place."""
     total = len(file.changes) + len(file.unknown)
-    of_backbone = [name for name in homeless if name.startswith(CANONICAL[BACKBONE])]
-    if homeless and len(of_backbone) == len(homeless) and backbone is None:
+    if set(homeless.values()) == {BACKBONE} and backbone is None:
         raise WrongAdapterError(
             f'The LoRA "{file.name}" also changes the backbone ({len(homeless)} weights), but no backbone is connected.\n'
             'Connect backbone of "Load BLIP3-o" to this node, and this node\'s backbone to "Encode Prompt".'
@@ -203,6 +202,6 @@ def _raise_homeless(
         )
     raise WrongAdapterError(
         f'The LoRA "{file.name}" is not for the connected model: {len(homeless)} of its {total} weights have no place in it '
-        f'(e.g. "{homeless[0] if homeless else "none at all"}").\n'
+        f'(e.g. "{min(homeless, default="none at all")}").\n'
         "Use a LoRA trained for BLIP3-o's DiT, of the size that is loaded."
     )

@@ -256,6 +256,7 @@ def test_the_width_in_the_metadata_tells_models_apart_whose_layers_look_alike(pi
     [
         (lora_tensors("diffusion_model.double_blocks.0.img"), "1 of its 1 weights have no place"),
         (lora_tensors() | lora_tensors("lora_te1_text_model"), "1 of its 2 weights have no place"),
+        (lora_tensors("lora_unet_down_blocks_0_attn"), '"lora_unet_down_blocks_0_attn"'),
         ({}, "it holds none at all"),
         ({f"{KEY}.lora_A.weight": torch.ones(4, 32)}, "is not complete"),
         ({f"{KEY}.lokr_w1": torch.ones(4, 4)}, "is not complete"),

@@ -17,7 +17,13 @@ from comfyui_blip3o.blip3o_core.lora import LoraFile, read_lora
 from comfyui_blip3o.lora_training.config import parse_config
 from comfyui_blip3o.lora_training.convert import base_weights, convert_lora, save_as
 from comfyui_blip3o.lora_training.files import describe, inspect_lora, lora_metadata, save_lora
-from comfyui_blip3o.lora_training.merge import extract_lora, merge_into_checkpoint, merge_loras, resize_lora
+from comfyui_blip3o.lora_training.merge import (
+    _truncated,
+    extract_lora,
+    merge_into_checkpoint,
+    merge_loras,
+    resize_lora,
+)
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils import peft_utils
 from lora_files import FACTORISED, KINDS, open_pipeline, trained, velocity
@@ -432,6 +438,20 @@ def test_resizing_keeps_the_best_part_and_says_how_much():
     unchanged, all_kept = resize_lora(file, rank=64)
     assert [rank for rank, _ in all_kept.layers.values()] == [6, 3]
     torch.testing.assert_close(deltas(unchanged)[LAYER], deltas(file)[LAYER], atol=1e-4, rtol=0)
+
+
+def test_of_large_matrices_a_few_singular_vectors_are_found_as_well_as_all():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(size, 300, generator=generator))[0] for size in (300, 400))
+    values = 0.97 ** torch.arange(300.0)
+    matrix = (left * values) @ right.T
+    state = torch.get_rng_state()
+    up, down, kept = _truncated(matrix, None, rank=8)
+    assert torch.equal(torch.get_rng_state(), state)
+    best = values[:8].square().sum() / values.square().sum()
+    assert kept == pytest.approx(best.item(), rel=1e-3)
+    error = (matrix - up @ down).square().sum() / matrix.square().sum()
+    assert error.item() == pytest.approx(1 - kept, rel=1e-3)
 
 
 def test_resizing_to_a_share_takes_the_smallest_rank_that_reaches_it():
