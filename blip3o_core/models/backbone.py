@@ -8,6 +8,7 @@ Letters: B batch, L tokens, Q latent queries, C width, P patches of all images t
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ VISION_CONFIG = VISION_MODEL.config_class
 def text_config(config: dict[str, Any], vocab_size: int) -> Any:
     """transformers' text configuration from a published config.json, flat or with a nested `text_config`."""
     source = config.get("text_config") or config
-    fields = {name: source[name] for name in TEXT_FIELDS if source.get(name) is not None}
+    # Copied: transformers writes into the tables it is given, and the checkpoint's own config must stay as it is read.
+    fields = {name: deepcopy(source[name]) for name in TEXT_FIELDS if source.get(name) is not None}
     # Special tokens are looked up in the checkpoint's tokenizer; the library's defaults may lie outside the vocabulary.
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return TEXT_CONFIG(
