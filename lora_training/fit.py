@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..blip3o_core.compiling import can_compile
 from ..blip3o_core.devices import pick_device
 from ..blip3o_core.errors import TrainingDataError
 from ..blip3o_core.flow import TRAIN_TIMESTEPS, mix, target_velocity
@@ -235,7 +236,8 @@ class _Fit:
         logger.info("Memory plan: %s", plan.text())
         if plan.grad_checkpoint:
             self._checkpoint_blocks()
-        self.network = torch.compile(dit) if config.model.compile else dit
+        is_compiled = config.model.compile and can_compile(self.device)
+        self.network = torch.compile(dit) if is_compiled else dit
 
     def go(self) -> FitResult:
         self._resume()
@@ -356,7 +358,7 @@ class _Fit:
             ]
             weights = self._stack(each)
         loss = velocity_loss(predicted, target_velocity(features, noise), self.config.train.loss, weights)
-        loss = loss.sum() / self.batch
+        loss = (loss * loss.new_tensor([row.sample.weight for row in rows])).sum() / self.batch
         _backward(loss)
         return loss.detach()
 

@@ -42,6 +42,24 @@ def test_the_first_step_is_the_published_loss_on_the_drawn_rows(tmp_path: Path) 
     assert result.losses == [pytest.approx(((predicted - (noise - features)) ** 2).mean().item(), rel=1e-5)]
 
 
+def test_a_picture_counts_as_much_as_its_weight(tmp_path: Path) -> None:
+    def weighted(*weights: float) -> TrainingData:
+        data = training_data(len(weights))
+        train = [
+            dataclasses.replace(sample, weight=weight)
+            for sample, weight in zip(data.train, weights, strict=True)
+        ]
+        return dataclasses.replace(data, train=tuple(train))
+
+    def first_loss(name: str, *weights: float) -> float:
+        return run_fit(tmp_path / name, weighted(*weights), train__steps=1, train__cond_drop=0).losses[0]
+
+    even = first_loss("even", 1, 1, 1, 1)
+    assert first_loss("half", 0.5, 0.5, 0.5, 0.5) == pytest.approx(even / 2)
+    parts = [first_loss(f"{place}", *(float(place == each) for each in range(4))) for place in range(4)]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(even)
+
+
 def test_after_the_first_step_every_zero_half_has_a_gradient_and_every_other_after_the_second(
     tmp_path: Path,
 ) -> None:
