@@ -16,11 +16,11 @@ from PIL import Image
 
 from ..blip3o_core.checkpoints.save import write_text
 from ..blip3o_core.errors import MissingFilesError
+from .chart import COLOURS, DASHES, Curve, Panel, draw_panels
 
 EVENTS_NAME, METRICS_NAME, PLOT_NAME = "events.jsonl", "metrics.csv", "loss.png"
 SMOOTHING = 0.9
 SCORES = ("gain", "concept", "drift", "leak")
-FIGURE_SIZE, RESOLUTION = (9.0, 6.5), 110
 
 
 @dataclass
@@ -98,43 +98,30 @@ def plot_runs(folders: Sequence[str | Path]) -> Image.Image:
     """Loss and scores of runs over their steps, one colour a run.
 
     Raises:
-        MissingFilesError: a folder is no run, or matplotlib is not installed.
+        MissingFilesError: a folder is no run, or a run has not done a step yet.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingFilesError(
-            "A plot needs matplotlib, which is not installed.\nInstall it with: pip install matplotlib"
-        ) from error
     histories = [read_history(folder) for folder in folders]
-    figure = Figure(figsize=FIGURE_SIZE, dpi=RESOLUTION, layout="constrained")
-    loss_axes, score_axes = figure.subplots(2, 1, sharex=True)
+    empty = [history.name for history in histories if not history.steps]
+    if empty:
+        raise MissingFilesError(
+            f'There is nothing to draw yet: the run "{empty[0]}" has not done a step.\nTrain it first.'
+        )
+    loss_curves, score_curves = [], []
     for number, history in enumerate(histories):
-        colour = f"C{number}"
+        colour = COLOURS[number % len(COLOURS)]
         steps = sorted(history.steps)
         losses = [_number(history.steps[step].get("loss")) for step in steps]
-        loss_axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-        loss_axes.plot(steps, _smooth(losses), color=colour, label=history.name)
+        loss_curves.append(Curve(steps, losses, _pale(colour), width=1))
+        loss_curves.append(Curve(steps, _smooth(losses), colour, history.name))
         looked = sorted(history.validations)
-        for name, style in zip(SCORES, ("-", "--", ":", "-."), strict=True):
-            values = [history.validations[step][name] for step in looked]
-            label = name if number == 0 else None
-            score_axes.plot(looked, values, style, marker=".", color=f"C{number}", label=label)
-        if looked:
-            held_out = [history.validations[step]["loss"] for step in looked]
-            loss_axes.plot(looked, held_out, "k.--" if len(histories) == 1 else ".--", label="validation")
-    loss_axes.set_ylabel("loss")
-    loss_axes.legend()
-    score_axes.axhline(0, color="grey", linewidth=0.6)
-    score_axes.set_ylabel("against the model without LoRA")
-    score_axes.set_xlabel("step")
-    score_axes.legend()
-    for axes in (loss_axes, score_axes):
-        axes.grid(alpha=0.3)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        held_out = [_number(history.validations[step]["loss"]) for step in looked]
+        label = "validation" if number == 0 and looked else ""
+        loss_curves.append(Curve(looked, held_out, colour, label, "--", has_dots=True))
+        for name, style in zip(SCORES, DASHES, strict=True):
+            values = [_number(history.validations[step][name]) for step in looked]
+            label = name if number == 0 and looked else ""
+            score_curves.append(Curve(looked, values, colour, label, style, has_dots=True))
+    return draw_panels([Panel("loss", loss_curves), Panel("against the model without LoRA", score_curves)])
 
 
 def write_plot(folder: Path) -> Path:
@@ -154,6 +141,11 @@ def _forget_after(events: dict[int, Any], step: int) -> None:
 
 def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
+
+
+def _pale(colour: str) -> str:
+    """A colour mixed with white."""
+    return "#" + "".join(f"{(int(colour[place : place + 2], 16) + 3 * 255) // 4:02x}" for place in (1, 3, 5))
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
