@@ -577,10 +577,12 @@ def _open_pipeline(arguments: argparse.Namespace) -> Blip3oPipeline:
 
 def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: dict[str, Any]) -> None:
     """The LoRAs of the command line, else those of --like."""
+    from .blip3o_core.lora import split_strength
+
     if arguments.lora is not None:
         for text in arguments.lora:
             if text != "none":
-                pipeline.load_lora(*parse_lora(text))
+                pipeline.load_lora(*split_strength(text))
         return
     for used in like.get("loras", []):
         places = [Path(used["file"]), arguments.like.parent / used["file"]]
@@ -596,17 +598,6 @@ def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: d
                 f'Note: the LoRA "{path}" is not the same as the one the picture was drawn with. The new picture will differ.',
                 file=sys.stderr,
             )
-
-
-def parse_lora(text: str) -> tuple[Path, float]:
-    """File and strength of FILE[:STRENGTH]."""
-    name, colon, strength = text.rpartition(":")
-    if colon and not Path(text).exists():
-        try:
-            return Path(name), float(strength)
-        except ValueError:  # the colon belongs to the path
-            pass
-    return Path(text), 1.0
 
 
 def _settings(arguments: argparse.Namespace, like: dict[str, Any]) -> tuple[Any, Any]:

@@ -131,6 +131,17 @@ def read_lora(path: str | Path) -> LoraFile:
     return LoraFile(path.name, tensors, metadata)
 
 
+def split_strength(text: str) -> tuple[Path, float]:
+    """File and strength of FILE[:STRENGTH]; without one it is 1. A colon inside a path, as in C:, stays."""
+    name, colon, strength = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return Path(name), float(strength)
+        except ValueError:  # the colon belongs to the path
+            pass
+    return Path(text), 1.0
+
+
 def check_fit(
     file: LoraFile, shapes: Mapping[str, Mapping[str, Sequence[int]]]
 ) -> dict[str, dict[str, Change]]:

@@ -52,7 +52,7 @@ def convert_lora(
     target: str | Path,
     to: str = "comfy",
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | CheckpointFiles | None = None,
     dtype: str | None = None,
 ) -> Path:
     """Write a LoRA file or PEFT folder again, named as another program names it.
@@ -60,7 +60,7 @@ def convert_lora(
     Args:
         target: a .safetensors file; for peft a folder.
         to: a name in FORMATS.
-        checkpoint: folder of the model it was trained on. A DoRA needs it, because PEFT and diffusers keep rows' lengths
+        checkpoint: the model it was trained on, or its folder. A DoRA needs it, because PEFT and diffusers keep rows' lengths
             and ComfyUI and kohya keep them relative to the model's.
         dtype: bf16, fp16 or fp32; None = as in the source.
 
@@ -69,7 +69,9 @@ def convert_lora(
         BadInputError: an unknown format, or the checkpoint is needed and not given.
     """
     file = read_lora(source)
-    base = None if checkpoint is None else base_weights(open_checkpoint(checkpoint))
+    if checkpoint is not None and not isinstance(checkpoint, CheckpointFiles):
+        checkpoint = open_checkpoint(checkpoint)
+    base = None if checkpoint is None else base_weights(checkpoint)
     return save_as(file, target, to, base=base, dtype=dtype)
 
 

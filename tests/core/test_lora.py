@@ -10,7 +10,14 @@ import tiny_models
 import torch
 from comfyui_blip3o import cli
 from comfyui_blip3o.blip3o_core.errors import MissingFilesError, WrongAdapterError
-from comfyui_blip3o.blip3o_core.lora import LoraFile, check_fit, dit_fingerprint, from_peft, read_lora
+from comfyui_blip3o.blip3o_core.lora import (
+    LoraFile,
+    check_fit,
+    dit_fingerprint,
+    from_peft,
+    read_lora,
+    split_strength,
+)
 from comfyui_blip3o.blip3o_core.lora_changes import CANONICAL, KOHYA, Change, place, split_key
 from comfyui_blip3o.blip3o_core.metadata import read_description
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
@@ -388,10 +395,10 @@ def test_the_command_draws_with_loras_and_like_draws_with_them_again(
 
 
 def test_the_strength_is_told_from_the_path(tmp_path: Path):
-    assert cli.parse_lora("dog.safetensors") == (Path("dog.safetensors"), 1.0)
-    assert cli.parse_lora("dog.safetensors:-0.5") == (Path("dog.safetensors"), -0.5)
-    assert cli.parse_lora("C:\\loras\\dog.safetensors") == (Path("C:\\loras\\dog.safetensors"), 1.0)
-    assert cli.parse_lora("C:\\loras\\dog.safetensors:2") == (Path("C:\\loras\\dog.safetensors"), 2.0)
+    assert split_strength("dog.safetensors") == (Path("dog.safetensors"), 1.0)
+    assert split_strength("dog.safetensors:-0.5") == (Path("dog.safetensors"), -0.5)
+    assert split_strength("C:\\loras\\dog.safetensors") == (Path("C:\\loras\\dog.safetensors"), 1.0)
+    assert split_strength("C:\\loras\\dog.safetensors:2") == (Path("C:\\loras\\dog.safetensors"), 2.0)
     odd = tmp_path / "a:1"
     odd.mkdir()
-    assert cli.parse_lora(str(odd)) == (odd, 1.0)
+    assert split_strength(str(odd)) == (odd, 1.0)
