@@ -68,7 +68,9 @@ class Adapter:
                 self._parameters[f"{name}.{kind}"] = parameter
         if config.type == "full":
             for name, parameter in dit.named_parameters():
-                self._learn_whole(DIT + name, parameter)
+                # The blocks' gates stay: ComfyUI's own loader cannot change parameters outside of layers.
+                if not name.endswith(".gate"):
+                    self._learn_whole(DIT + name, parameter)
         if config.type == "queries" or config.queries:
             self._learn_whole(BACKBONE + QUERIES, backbone.latent_queries)
         self._encoder = None

@@ -224,7 +224,7 @@ class _Fit:
         plan = plan_memory(
             dit,
             sum(parameter.numel() for parameter in self.parameters),
-            math.ceil(self.batch / self.processes.count),
+            math.ceil(self.batch / self.processes.count) * (2 if config.uses_preservation else 1),
             features=data.train[0].features.shape[1],
             ema=self.average is not None,
             micro_batch=None if train.micro_batch == "auto" else train.micro_batch,
@@ -319,16 +319,15 @@ class _Fit:
         lessons = []
         if config.uses_preservation:
             lessons = draw_lessons(rows, self.kept_prompts, self.known, seed, self.step, self.batch)
-        mine = range(self.processes.index, self.batch, self.processes.count)
+        mine: list[Row | Lesson] = [
+            item for item in (*rows, *lessons) if item.index % self.processes.count == self.processes.index
+        ]
         while True:
             is_out_of_memory = False
             sums = torch.zeros(2, device=self.device)
             try:
                 for start in range(0, len(mine), self.micro_batch):
-                    part = mine[start : start + self.micro_batch]
-                    sums[0] += self._backward([rows[i] for i in part], sigmas[list(part)])
-                    if lessons:
-                        sums[1] += self._backward_lessons([lessons[i] for i in part], sigmas[list(part)])
+                    sums += self._backward(mine[start : start + self.micro_batch], sigmas)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_memory_error(error):
                     raise
@@ -345,34 +344,40 @@ class _Fit:
             del losses["preservation"]
         return losses, bool(flags[1])
 
-    def _backward(self, rows: list[Row], sigmas: Tensor) -> Tensor:
-        features = self._stack([row.features for row in rows])
-        conditioning = self._conditioning([row.prompt for row in rows], [row.conditioning for row in rows])
-        noise = self._noise([row.index for row in rows], features)
-        predicted = self._velocity(features, noise, sigmas, conditioning)
-        weights = None
-        if any(row.sample.weights is not None for row in rows):
-            each = [
-                torch.ones(features.shape[1]) if row.sample.weights is None else row.sample.weights[row.view]
-                for row in rows
-            ]
-            weights = self._stack(each)
-        loss = velocity_loss(predicted, target_velocity(features, noise), self.config.train.loss, weights)
-        loss = (loss * loss.new_tensor([row.sample.weight for row in rows])).sum() / self.batch
-        _backward(loss)
-        return loss.detach()
-
-    def _backward_lessons(self, lessons: list[Lesson], sigmas: Tensor) -> Tensor:
-        features = self._stack([lesson.features for lesson in lessons])
-        noise = self._noise([lesson.index for lesson in lessons], features)
-        base = self._stack([lesson.conditioning for lesson in lessons])
+    def _backward(self, items: Sequence[Row | Lesson], sigmas: Tensor) -> Tensor:
+        """Gradients of one network call; its share of the mean training and preservation loss, (2,)."""
+        rows = [item for item in items if isinstance(item, Row)]
+        lessons = [item for item in items if isinstance(item, Lesson)]
+        places = [item.index for item in (*rows, *lessons)]
+        features = self._stack([item.features for item in (*rows, *lessons)])
+        cached = self._stack([item.conditioning for item in (*rows, *lessons)])
+        noise = draw_noise(self.config.run.seed, self.step, places, features.shape[1:]).to(self.device)
+        given = (features, noise, sigmas[places])
         with torch.no_grad(), self.adapter.enabled(False):
-            teacher = self._velocity(features, noise, sigmas, base)
-        conditioning = self._conditioning([lesson.prompt for lesson in lessons], list(base))
-        student = self._velocity(features, noise, sigmas, conditioning)
-        loss = preservation_loss(student, teacher).sum() / self.batch
-        _backward(self.config.train.prior.weight * loss)
-        return loss.detach()
+            taught = slice(len(rows), None)
+            teacher = self._velocity(*(tensor[taught] for tensor in (*given, cached))) if lessons else None
+        conditioning = self._conditioning([item.prompt for item in (*rows, *lessons)], cached)
+        predicted = self._velocity(*given, conditioning)
+        losses = [predicted.new_zeros((), dtype=torch.float32)] * 2
+        if rows:
+            target = target_velocity(features, noise)[: len(rows)]
+            each = velocity_loss(predicted[: len(rows)], target, self.config.train.loss, self._weights(rows))
+            losses[0] = (each * each.new_tensor([row.sample.weight for row in rows])).sum() / self.batch
+        if lessons:
+            losses[1] = preservation_loss(predicted[taught], teacher).sum() / self.batch
+        total = losses[0] + self.config.train.prior.weight * losses[1]
+        if total.requires_grad:  # all-zero conditioning teaches nothing where only the backbone learns
+            total.backward()
+        return torch.stack(losses).detach()
+
+    def _weights(self, rows: Sequence[Row]) -> Tensor | None:
+        """How much each feature counts, (B, N); None where no picture has a mask."""
+        if all(row.sample.weights is None for row in rows):
+            return None
+        whole = torch.ones(rows[0].features.shape[0])
+        return self._stack(
+            [whole if row.sample.weights is None else row.sample.weights[row.view] for row in rows]
+        )
 
     def _velocity(self, features: Tensor, noise: Tensor, sigmas: Tensor, conditioning: Tensor) -> Tensor:
         """Velocity (B, N, C) at the mix of features and noise."""
@@ -382,17 +387,14 @@ class _Fit:
         with self.adapter.autocast():
             return to_tokens(self.network(grid, timesteps, conditioning))
 
-    def _conditioning(self, prompts: Sequence[str | None], cached: Sequence[Tensor]) -> Tensor:
+    def _conditioning(self, prompts: Sequence[str | None], cached: Tensor) -> Tensor:
         """Conditioning (B, Q, D) of prompts, zeros for None: the cached one unless the backbone learns."""
         shown = [prompt for prompt in prompts if prompt is not None]
         if not self.adapter.changes_conditioning or not shown:
-            return self._stack(cached)
+            return cached
         learned = iter(self.adapter.encode(shown).float())
-        zeros = torch.zeros_like(cached[0], device=self.device, dtype=torch.float32)
+        zeros = torch.zeros_like(cached[0])
         return torch.stack([zeros if prompt is None else next(learned) for prompt in prompts])
-
-    def _noise(self, rows: Sequence[int], features: Tensor) -> Tensor:
-        return draw_noise(self.config.run.seed, self.step, rows, features.shape[1:]).to(self.device)
 
     def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
         stacked = torch.stack(list(tensors))
@@ -595,7 +597,7 @@ class _Fit:
             part = prompts[start : start + self.micro_batch]
             given = self._stack([conditioning[prompt] for prompt in part])
             noise = [
-                draw_noise(self.config.run.seed, 0, [index], (shape[1], side, side))
+                draw_noise(self.config.run.seed, 0, [index], (shape[1], side, side), stream="drawing")
                 for index in range(start, start + len(part))
             ]
             with self.adapter.enabled(False), self.adapter.autocast():
@@ -627,12 +629,6 @@ def is_memory_error(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or on the CPU."""
     is_known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return is_known or any(words in str(error) for words in ("out of memory", "can't allocate memory"))
-
-
-def _backward(loss: Tensor) -> None:
-    # Rows on all-zero conditioning teach nothing where only the backbone learns.
-    if loss.requires_grad:
-        loss.backward()
 
 
 class _Processes:

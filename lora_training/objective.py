@@ -115,11 +115,12 @@ def draw_sigmas(config: TimestepConfig, seed: int, step: int, batch: int) -> Ten
     return training_sigma(torch.from_numpy(index).long())
 
 
-def draw_noise(seed: int, step: int, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
+def draw_noise(
+    seed: int, step: int, rows: Sequence[int], shape: Sequence[int], *, stream: str = "noise"
+) -> Tensor:
     """Standard normal noise (len(rows), *shape), float32 on the CPU; each row depends on its number alone."""
     each = [
-        random_stream(seed, "noise", step, row).standard_normal(tuple(shape), dtype=np.float32)
-        for row in rows
+        random_stream(seed, stream, step, row).standard_normal(tuple(shape), dtype=np.float32) for row in rows
     ]
     return torch.from_numpy(np.stack(each))
 
