@@ -17,7 +17,7 @@ class Blip3oExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order in which a graph is built."""
-        from . import download, feature_lab, generate, load, understand
+        from . import download, feature_lab, generate, load, train, train_data, train_results, understand
 
         return [
             *load.NODES,
@@ -25,4 +25,7 @@ class Blip3oExtension(ComfyExtension):
             *generate.NODES,
             *understand.NODES,
             *feature_lab.NODES,
+            *train_data.NODES,
+            *train.NODES,
+            *train_results.NODES,
         ]

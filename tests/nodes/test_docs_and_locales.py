@@ -30,6 +30,8 @@ FOREIGN_WORDS = {
     "2, 1",
     "features_0",
     "features_1",
+    "run_0",
+    "lora_0",
 }
 
 
@@ -137,9 +139,10 @@ def schemas() -> dict[str, Schema]:
 
 @cache
 def string_literals() -> tuple[str, ...]:
-    """Every string of nodes/ and blip3o_core/; an f-string counts as its pieces."""
+    """Every string of nodes/, blip3o_core/ and lora_training/; an f-string counts as its pieces."""
     found = []
-    for path in [*NODES.glob("*.py"), *(ROOT / "blip3o_core").rglob("*.py")]:
+    packages = [ROOT / name for name in ("nodes", "blip3o_core", "lora_training")]
+    for path in (path for package in packages for path in package.rglob("*.py")):
         for part in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(part, ast.Constant) and isinstance(part.value, str):
                 found.append(part.value)

@@ -14,7 +14,13 @@ SNAPSHOT = ROOT / "tests" / "data" / "object_info.json"
 WORKFLOWS = ROOT / "workflows"
 PREFIX = "BLIP3o"
 # Lists of files on the disk: only their fixed entries are kept.
-FILE_LISTS = {"checkpoint": ["built-in: tiny"], "lora": ["none"], "file": [], "existing_lora": ["[None]"]}
+FILE_LISTS = {
+    "checkpoint": ["built-in: tiny"],
+    "lora": ["none"],
+    "file": [],
+    "existing_lora": ["[None]"],
+    "folder": ["built-in: example"],
+}
 FIELDS = (
     *("input", "input_order", "output", "output_name", "output_is_list", "output_tooltips", "output_node"),
     *("display_name", "description", "category", "search_aliases"),

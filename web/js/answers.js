@@ -5,11 +5,18 @@ const NODES = new Set([
   "BLIP3oAsk",
   "BLIP3oBestOf",
   "BLIP3oCaption",
+  "BLIP3oCaptionDataset",
   "BLIP3oChat",
+  "BLIP3oCheckDataset",
   "BLIP3oChoose",
+  "BLIP3oConvertLora",
+  "BLIP3oDataset",
   "BLIP3oDownload",
+  "BLIP3oOpenLora",
   "BLIP3oRewritePrompt",
   "BLIP3oSaveFeatures",
+  "BLIP3oSaveLora",
+  "BLIP3oTrainLora",
 ]);
 const WIDGET = "answer_on_node";
 const PROPERTY = "blip3o_answer";
@@ -40,6 +47,7 @@ function answerWidget(node) {
     serialize: false,
   });
   widget.serialize = false;
+  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   return widget;
 }
 
