@@ -30,11 +30,11 @@ from ..blip3o_core.errors import MissingFilesError, TrainingDataError
 from ..blip3o_core.metadata import component_fingerprint
 from ..blip3o_core.pipeline import Blip3oPipeline, load_pipeline
 from ..blip3o_core.prompts import IMAGE_BEGIN, generation_text
-from .check import free_memory, parameters_of
 from .config import LoraConfig
 from .crops import choose_views, cut, describe_transform, grid_weights, read_mask
 from .dataset import DIGEST_DIGITS, Dataset, Item, Problem
 from .memory import OVERHEAD_BYTES
+from .plan import free_memory, parameters_of
 from .records import EventSink, Interrupted, Sample, StopCheck, TrainingData
 
 CACHE_NAME = "cache"

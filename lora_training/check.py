@@ -10,23 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
-import torch
 
 from ..blip3o_core.checkpoints.infer import infer_eva_clip, infer_nextdit
 from ..blip3o_core.checkpoints.keys import COMPONENTS
 from ..blip3o_core.checkpoints.layout import COMPONENT_WORDS, CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.safetensor_files import read_header
 from ..blip3o_core.config import EvaClipConfig
-from ..blip3o_core.devices import pick_device, pick_dtype
+from ..blip3o_core.devices import pick_device
 from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError, TrainingDataError
-from ..blip3o_core.models.nextdit import NextDiT
 from ..blip3o_core.prompts import IMAGE_PAD, TRAINED_PROMPT_TOKENS, TextTokenizer, count_prompt_tokens
-from . import memory
 from .config import LoraConfig
 from .crops import open_mask, share_cut_away
 from .dataset import LOOK_SIZE, TRIGGER_PLACE, Dataset, Item, Problem, names_trigger, scan_run
-from .memory import OVERHEAD_BYTES
+from .plan import PhaseMemory, dit_without_weights, free_memory, learning_parameters, plan_memory
 
 GIB = 2**30
 # Smaller pictures hold nothing to learn from.
@@ -44,27 +40,11 @@ PROMPTS_SHOWN = 3
 # What stands for every word that is not in a model's list.
 UNKNOWN_TOKEN = "<unk>"
 SIDE_WORDS = ("left", "right")
-BASE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "nf4": 0.55}
 SLOWER = (
     "Its layers will visit the GPU one after another, which takes longer; close other programs to avoid it."
 )
 # States, samples and finished files that are kept beside the cache, at least.
 SPARE_BYTES = 100 * 2**20
-
-
-@dataclass(frozen=True)
-class PhaseMemory:
-    """What a phase of a run takes.
-
-    Attributes:
-        phase: a name in records.PHASES.
-        bytes: at its peak, estimated from the sizes of the files.
-        what: what lies in memory then.
-    """
-
-    phase: str
-    bytes: int
-    what: str
 
 
 @dataclass(frozen=True)
@@ -144,117 +124,6 @@ def check(config: LoraConfig, *, tokenizer: TextTokenizer | None = None) -> Repo
         plan, free = _check_memory(config, files, encoder, problems)
     problems += _check_disk(config, dataset, files)
     return Report(dataset, tuple(problems), notes, plan, free)
-
-
-def plan_memory(
-    config: LoraConfig,
-    files: CheckpointFiles,
-    encoder: EvaClipConfig,
-    device: torch.device,
-    free: int | None = None,
-) -> tuple[PhaseMemory, ...]:
-    """Estimated peaks of the phases, from the sizes of the weight files.
-
-    Args:
-        free: bytes into which the fit is planned, see memory.plan_memory; None = with its whole batch in one call.
-    """
-    dtype = pick_dtype("auto", device, sum(files.component_bytes.values()))
-    name = config.model.base_dtype
-    encoding = {"fp32": 4.0, "bf16": 2.0}.get(name, float(dtype.itemsize))
-    base = BASE_BYTES.get(name, 4.0 if device.type == "cpu" else 2.0)
-    patches = encoder.patch_grid**2 + 1
-    looking = encoding * patches * (encoder.mlp_dim + 8 * encoder.width)
-    features = encoding * parameters_of(files, "image_encoder", config) + looking
-    backbone = encoding * parameters_of(files, "backbone")
-    fit, how = _plan_fit(config, files, encoder.feature_grid**2, base, device, free)
-    plan = [
-        PhaseMemory("features", int(features) + OVERHEAD_BYTES, "image encoder"),
-        PhaseMemory("conditioning", int(backbone) + OVERHEAD_BYTES, "backbone"),
-        PhaseMemory("fit", fit, how),
-    ]
-    if "decoder" in files.component_bytes:
-        drawing = base * parameters_of(files, "dit"), encoding * parameters_of(files, "decoder")
-        plan.append(PhaseMemory("prove", int(max(drawing)) + OVERHEAD_BYTES, "DiT, then decoder"))
-    return tuple(plan)
-
-
-def _plan_fit(
-    config: LoraConfig,
-    files: CheckpointFiles,
-    features: int,
-    base_bytes: float,
-    device: torch.device,
-    free: int | None,
-) -> tuple[int, str]:
-    """Bytes of the fit and what lies in memory then, with a DiT that has sizes but no weights."""
-    sizes = infer_nextdit(files.component_tensors("dit", allow_unknown=True), files.name)
-    with torch.device("meta"):
-        dit = NextDiT(sizes).to(torch.float32 if base_bytes == BASE_BYTES["fp32"] else torch.bfloat16)
-    # What the plan does not know of: reduced weights are smaller, the backbone stays when something in it learns.
-    other = OVERHEAD_BYTES
-    if base_bytes < BASE_BYTES["bf16"]:
-        other -= int((BASE_BYTES["bf16"] - base_bytes) * parameters_of(files, "dit"))
-    if config.needs_backbone:
-        other += int(max(base_bytes, BASE_BYTES["bf16"]) * parameters_of(files, "backbone"))
-    train = config.train
-    plan = memory.plan_memory(
-        dit,
-        _learning(config, dit),
-        config.batch,
-        features=features,
-        ema=config.ema > 0,
-        micro_batch=None if train.micro_batch == "auto" else train.micro_batch,
-        grad_checkpoint=None if train.grad_checkpoint == "auto" else train.grad_checkpoint,
-        device=device,
-        free=None if free is None else max(0, free - other),
-    )
-    networks = "DiT, backbone and adapter" if config.needs_backbone else "DiT and adapter"
-    checkpointing = ", gradient checkpointing" if plan.grad_checkpoint else ""
-    return plan.needed + other, f"{networks}, {_count(plan.micro_batch, 'sample')} in a call{checkpointing}"
-
-
-def _learning(config: LoraConfig, dit: NextDiT) -> int:
-    """Parameters that learn in the DiT; of a custom choice of layers as if it were all that can."""
-    adapter = config.adapter
-    if adapter.type == "full":
-        return sum(parameter.numel() for parameter in dit.parameters())
-    if adapter.type in ("queries", "none"):
-        return 0
-    parts = {
-        "cross": (".attn2.",),
-        "attn": (".attn1.", ".attn2."),
-        "attn_ffn": (".attn1.", ".attn2.", ".feed_forward."),
-    }.get(adapter.targets, (".attn1.", ".attn2.", ".feed_forward.", "caption_projection."))
-    chosen = [
-        weight.shape
-        for name, weight in dit.named_parameters()
-        if weight.ndim == 2 and any(part in name for part in parts)
-    ]
-    return adapter.rank * sum(rows + columns for rows, columns in chosen)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free where networks compute."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # Apple's GPU shares the main memory.
-    return psutil.virtual_memory().available if device.type in ("cpu", "mps") else None
-
-
-def parameters_of(files: CheckpointFiles, component: str, config: LoraConfig | None = None) -> int:
-    """Numbers in a network; where only its size on disk is known, as if it were kept in bf16.
-
-    Args:
-        config: says where a separate image encoder is.
-    """
-    if component == "decoder":
-        return files.component_bytes["decoder"] // 2
-    if component == "image_encoder":
-        separate = files.image_encoder_file(config.model.image_encoder if config else None)
-        if separate is not None:
-            return separate.stat().st_size // 2
-    tensors = files.component_tensors(component, allow_unknown=True)
-    return sum(info.nbytes // info.dtype.itemsize for info in tensors.values())
 
 
 def duplicates(items: Sequence[Item]) -> list[tuple[Item, ...]]:
@@ -588,11 +457,7 @@ def _cache_bytes(dataset: Dataset, files: CheckpointFiles) -> int:
 
 def _state_bytes(config: LoraConfig, files: CheckpointFiles) -> int:
     """Weights, average and the optimiser's two moments in fp32."""
-    if not files.has_component("dit"):
-        return 0
-    with torch.device("meta"):
-        dit = NextDiT(infer_nextdit(files.component_tensors("dit", allow_unknown=True), files.name))
-    return 16 * _learning(config, dit)
+    return 16 * learning_parameters(config, dit_without_weights(files)) if files.has_component("dit") else 0
 
 
 def _about(
