@@ -35,8 +35,11 @@ def compile_network(network: nn.Module, device: torch.device) -> bool:
     return True
 
 
-def is_compiled(network: nn.Module) -> bool:
-    return network._compiled_call_impl is not None
+def begin_step(network: nn.Module) -> None:
+    """Call before each call of a network that may be compiled: results of earlier calls may then be written over."""
+    # Asked of compiled networks alone, because this imports the whole compiler.
+    if getattr(network, "_compiled_call_impl", None) is not None:
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def _increment(values: torch.Tensor) -> torch.Tensor:

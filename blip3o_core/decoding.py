@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .compiling import begin_step
 from .errors import BadInputError
 from .sampling import check_choice, check_interval, check_range
 
@@ -24,7 +25,7 @@ class PixelSettings:
     """How pictures are decoded; the defaults are the published ones.
 
     Attributes:
-        steps: 50 as published with "euler"; 20 to 25 with "dpmpp_2m".
+        steps: 50 as published with "euler"; 14 to 25 with "dpmpp_2m".
         guidance_scale: 1 = off and half the work; 3 as published.
         sampler: "euler" (published) or "dpmpp_2m".
         width, height: pixels, multiples of 8; None = the size the UNet was trained at (1024 for 8B and 4B).
@@ -146,7 +147,7 @@ def denoise_latents(
         position = 1 - step / total
         is_guided = settings.guidance_scale != 1 and low <= position <= high
         inputs = scheduler.scale_model_input(latents, timestep).to(dtype)
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step(decoder.unet)
         if is_guided:
             output = decoder.unet(inputs.repeat(2, 1, 1, 1), timestep, **both).sample.to(latents.dtype)
             away, toward = output.chunk(2)
