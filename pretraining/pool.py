@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..blip3o_core.errors import BadInputError
 from .scenes import GROUPS, SIZES, Scenes, coverage_maps, draw_scenes, render
 
 CHUNK = 2000
@@ -59,6 +60,9 @@ def draw_singles(number: int, seed: int, small_share: float | None = None) -> Sc
 
     Args:
         small_share: share of small objects among them, reached by leaving out others; None = as the world has them.
+
+    Raises:
+        BadInputError: so few scenes that none is left.
     """
     scenes = draw_scenes(number, seed, held_out=False)
     rows = np.flatnonzero(scenes.group == GROUPS.index("single"))
@@ -67,6 +71,10 @@ def draw_singles(number: int, seed: int, small_share: float | None = None) -> Sc
         others = np.flatnonzero(~is_small)
         kept = round(is_small.sum() * (1 - small_share) / small_share)
         rows = rows[np.sort(np.concatenate([np.flatnonzero(is_small), others[:kept]]))]
+    if len(rows) == 0:
+        raise BadInputError(
+            f"Among {number} scenes there is no single object to add (extra_singles).\nAsk for some hundreds, or leave it out."
+        )
     scenes = scenes.take(rows)
     return ScenePool(scenes, render(scenes), np.rint(255 * coverage_maps(scenes, 32)).astype(np.uint8))
 

@@ -8,8 +8,9 @@ from comfyui_blip3o.blip3o_core.errors import BadInputError
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_tokens
 from comfyui_blip3o.pretraining.pool import ScenePool, draw_singles
-from comfyui_blip3o.pretraining.scenes import SIZES, coverage_maps, draw_scenes, render
+from comfyui_blip3o.pretraining.scenes import COLOURS, SIZES, coverage_maps, draw_scenes, render
 from comfyui_blip3o.pretraining.stages import generation
+from comfyui_blip3o.pretraining.stages.decoder import decoder_batches
 from comfyui_blip3o.pretraining.stages.generation import GenerationOptions, GenerationStage
 from comfyui_blip3o.pretraining.stages.understanding import (
     BackboneSizes,
@@ -186,3 +187,34 @@ def test_extra_singles_can_favour_small_objects():
     shares = [float((pool.scenes.size == SIZES.index("small")).mean()) for pool in (plain, small)]
     assert shares[0] < 0.45 and shares[1] == pytest.approx(0.6, abs=0.01)
     assert (small.scenes.count == 1).all() and len(small.images) == len(small)
+    with pytest.raises(BadInputError, match="no single object to add"):
+        draw_singles(1, 1, 0.5)
+
+
+def test_extra_singles_fill_their_share_of_a_batch():
+    """Of generation by ready conditioning, of generation by words, and of the decoder."""
+    extra = np.full((5, 64, 16), 9.0, np.float32)
+    ready = generation.generation_batches(targets(), targets(32), 20, 0, 0.1, singles=(extra, targets(32, 5)))
+    features = ready(0)["clean"]
+    latents = np.full((5, 4, 16, 16), 9.0, np.float32)
+    decoder = decoder_batches(
+        targets(), np.zeros((16, 4, 16, 16), np.float32), 20, 0, 0.1, singles=(extra, latents)
+    )
+    drawn = decoder(0)
+    for values in (features, drawn["features"], drawn["latents"]):
+        assert (values == 9).flatten(1).all(dim=1).tolist() == [True] * 7 + [False] * 13
+
+
+def test_prompts_of_extra_singles_leave_their_colour_open_as_often_as_asked(pool):
+    singles = draw_singles(60, 3)
+    more = (targets(number=len(singles)), singles.scenes)
+    colours = torch.tensor([VOCABULARY.ids[colour] for colour in COLOURS])
+
+    def coloured(share):
+        batch = worded(
+            pool, LEARNERS["queries"], batch_size=30, bare_share=0.0, singles=more, open_colours=share
+        )(0)
+        return torch.isin(batch["prompt_ids"][:10], colours).any(dim=1).tolist()
+
+    assert coloured(1.0) == [False] * 10
+    assert coloured(0.0) == [True] * 10

@@ -37,7 +37,7 @@ def toy(stage):
     config["data"] = {
         "scenes": 12,
         "seed": 1,
-        **({"extra_singles": 12} if stage in ("generation", "tuning") else {}),
+        **({"extra_singles": 12} if stage in ("decoder", "generation", "tuning") else {}),
     }
     config["loop"] = {"steps": 2, "batch_size": 4, "warmup": 1, "log_every": 1, "ema": 0.9}
     return config
