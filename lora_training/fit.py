@@ -204,7 +204,10 @@ class _Fit:
         self.total = config.steps(len(data.train))
         set_base_dtype(dit, config.model.base_dtype, self.device)
         if config.needs_backbone and backbone is not None:
-            backbone.to(self.device)
+            # What reads pictures and writes words has no part in conditioning.
+            backbone.text.to(self.device)
+            if backbone.latent_queries.device != self.device:
+                backbone.latent_queries.data = backbone.latent_queries.data.to(self.device)
         self.adapter = attach(
             dit, config.adapter, seed=config.run.seed, backbone=backbone, tokenizer=tokenizer
         )
@@ -257,7 +260,8 @@ class _Fit:
                     "Run the same command again to go on."
                 )
             is_due = time.monotonic() - self.saved_at >= self.config.save.every_seconds
-            if is_due and not self.progress.bad_steps:  # only a good state is one to come back to
+            # Only a good state is one to come back to; the last step's is saved below.
+            if is_due and not is_last and not self.progress.bad_steps:
                 self._save()
         self.progress.stopped_because = self.progress.stopped_because or "steps"
         self._audit()
@@ -282,7 +286,7 @@ class _Fit:
         self.optimizer.zero_grad(set_to_none=True)
         losses, is_stopped = self._gradients()
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.stack(torch._foreach_norm(grads)).norm().item()
+        norm = torch.stack(torch._foreach_norm(grads)).norm().item() if grads else 0.0
         is_good = math.isfinite(losses["loss"]) and math.isfinite(norm)
         if is_good:
             if config.train.clip and norm > config.train.clip:
@@ -328,7 +332,7 @@ class _Fit:
             try:
                 for start in range(0, len(mine), self.micro_batch):
                     sums += self._backward(mine[start : start + self.micro_batch], sigmas)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
+            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 if not is_memory_error(error):
                     raise
                 is_out_of_memory, message = True, str(error)
@@ -351,7 +355,9 @@ class _Fit:
         places = [item.index for item in (*rows, *lessons)]
         features = self._stack([item.features for item in (*rows, *lessons)])
         cached = self._stack([item.conditioning for item in (*rows, *lessons)])
-        noise = draw_noise(self.config.run.seed, self.step, places, features.shape[1:]).to(self.device)
+        unique = sorted(set(places))  # a lesson has the noise of the row beside it
+        noise = draw_noise(self.config.run.seed, self.step, unique, features.shape[1:])
+        noise = noise[[unique.index(place) for place in places]].to(self.device)
         given = (features, noise, sigmas[places])
         with torch.no_grad(), self.adapter.enabled(False):
             taught = slice(len(rows), None)
@@ -521,7 +527,7 @@ class _Fit:
 
     def _save(self) -> None:
         self.saved_at = time.monotonic()
-        if not self.processes.is_main or not all(torch.isfinite(p).all() for p in self.parameters):
+        if not self.processes.is_main or not torch.stack([p.isfinite().all() for p in self.parameters]).all():
             return
         with averaged(self.optimizer):
             adapter = self.adapter.state_dict()

@@ -64,6 +64,7 @@ def save_state(folder: Path, state: State, *, keep: int) -> Path:
     target = folder / f"step_{state.step:06d}"
     temporary = folder / f".{target.name}.part"
     if is_whole(target):
+        amend_state(folder, state.step, state.numbers)
         _prune(folder, keep)
         return target
     tensors = {f"internal/{name}": tensor for name, tensor in state.internals.items()}

@@ -160,6 +160,20 @@ def test_the_same_seed_writes_the_same_bytes_whatever_lies_about(tmp_path: Path)
     assert not same(other.last, load_result(tmp_path / "first" / "run").last)
 
 
+def test_a_step_that_teaches_nothing_is_no_fault(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    result = run_fit(
+        tmp_path,
+        backbone=build_backbone(),
+        tokenizer=TextTokenizer(tmp_path),
+        adapter__type="queries",
+        train__batch=1,
+        train__steps=8,
+        train__cond_drop=0.5,
+    )
+    assert len(result.losses) == 8
+
+
 def test_events_tell_the_course_of_the_run(tmp_path: Path) -> None:
     events: list[dict[str, object]] = []
     drawn: list[int] = []

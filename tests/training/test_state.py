@@ -113,11 +113,14 @@ def test_a_full_disk_is_told_and_the_older_state_stays(
     assert newest_state(tmp_path).step == 1
 
 
-def test_saving_the_same_step_again_keeps_the_whole_one(tmp_path: Path) -> None:
+def test_saving_the_same_step_again_renews_its_numbers_alone(tmp_path: Path) -> None:
     path = save_state(tmp_path, state_of(3), keep=2)
-    before = (path / "state.json").stat().st_mtime_ns
-    save_state(tmp_path, state_of(3), keep=2)
-    assert (path / "state.json").stat().st_mtime_ns == before
+    before = (path / "optimizer.safetensors").stat().st_mtime_ns
+    again = state_of(3)
+    again.numbers["stopped_because"] = "steps"
+    save_state(tmp_path, again, keep=2)
+    assert (path / "optimizer.safetensors").stat().st_mtime_ns == before
+    assert newest_state(tmp_path).numbers["stopped_because"] == "steps"
 
 
 def test_numbers_can_be_amended(tmp_path: Path) -> None:
