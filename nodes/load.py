@@ -13,6 +13,14 @@ from comfy_api.latest import io
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.load import load_backbone, load_image_encoder
 from ..blip3o_core.errors import Blip3oError
+from ..blip3o_core.memory_plan import (
+    GIB,
+    USES,
+    component_tensors,
+    largest_file,
+    measure_disk,
+    network_bytes,
+)
 from . import host, layers, lora
 from .native_decoder import load_decoder_patcher, load_vae
 from .native_dit import load_dit_patcher
@@ -20,6 +28,8 @@ from .sockets import BackboneHandle, BackboneType, ImageEncoderHandle, ImageEnco
 
 CATEGORY = "BLIP3-o/load"
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
+# What a network needs on the device beside its weights, the driver's share included.
+WORKING_BYTES = 2560 * 2**20
 
 
 def network_dtypes(files: CheckpointFiles, component: str, choice: str) -> tuple[torch.dtype, torch.dtype]:
@@ -72,6 +82,31 @@ def load_image_encoder_handle(folder: Path, dtype: str) -> ImageEncoderHandle:
         files,
         network_dtypes(files, "image_encoder", dtype)[1],
     )
+
+
+def memory_text(files: CheckpointFiles, choice: str, device_bytes: int) -> str:
+    """What the networks of a checkpoint take, how a device of that size copes, and how long reading them takes.
+
+    Args:
+        choice: of the dtype widget.
+    """
+    lines, largest, read = [], 0, 0
+    for component in USES["draw"]:
+        storage, _ = network_dtypes(files, component, choice)
+        tensors = component_tensors(files, component)
+        size = network_bytes(tensors, "fp8") if storage.itemsize == 1 else network_bytes(tensors)
+        size = size * 2 if storage == torch.float32 else size
+        lines.append(f"{component}: {size / GIB:.2f} GB in {str(storage).removeprefix('torch.')}")
+        largest = max(largest, size)
+        read += sum(info.nbytes for info in tensors.values())
+    room = device_bytes - WORKING_BYTES
+    if largest > room:
+        verdict = "the largest visits it layer by layer, which is slower; dtype fp8 halves it"
+    else:
+        verdict = "each network fits and is brought there while it works"
+    lines.append(f"{memory.get_torch_device().type} with {device_bytes / GIB:.1f} GB: {verdict}")
+    seconds = read / measure_disk(largest_file(files))
+    return "\n".join([*lines, f"first use reads {read / GIB:.2f} GB, about {seconds:.0f} s from this disk"])
 
 
 def checkpoint_input() -> io.Combo.Input:
@@ -128,6 +163,7 @@ class LoadBlip3o(io.ComfyNode):
                 ),
                 io.Vae.Output("vae", tooltip="Turns the decoder's latents into pixels."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -141,6 +177,8 @@ class LoadBlip3o(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint: str, dtype: str) -> io.NodeOutput:
         folder = host.find_checkpoint(checkpoint)
+        text = memory_text(open_checkpoint(folder), dtype, memory.get_total_memory())
+        host.show_text(text, cls.hidden.unique_id)
         return io.NodeOutput(
             load_backbone_handle(folder, dtype),
             load_dit_patcher(str(folder), dtype),

@@ -55,6 +55,8 @@ FACTS = {
     "a hooked prompt is encoded at every step",
     "a hook changes what the prompt draws",
     "training keeps no context",
+    "the loader names every network and the time",
+    "the loader tells of a device that is too small",
 }
 
 

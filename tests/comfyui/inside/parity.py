@@ -266,6 +266,18 @@ def check_lora() -> None:
     result["a LoRA changes the velocity"] = not torch.allclose(partly, golden["dit.velocity"], atol=1e-3)
 
 
+def check_loader_text() -> None:
+    """The loader tells sizes, how the device copes, and the time."""
+    files = open_checkpoint(Path(FOLDER))
+    text = load.memory_text(files, "fp32", 24 * 2**30)
+    half = load.memory_text(files, "bf16", 2**30)
+    result["the loader names every network and the time"] = all(
+        word in text
+        for word in ("backbone:", "dit:", "decoder:", "float32", "each network fits", " s from this disk")
+    )
+    result["the loader tells of a device that is too small"] = "layer by layer" in half and "bfloat16" in half
+
+
 def check_kept_context() -> None:
     """The context of a prompt is made once per run, and anew where the weights may have changed."""
     patcher = native_dit.load_dit_patcher(FOLDER, "fp32")
@@ -299,7 +311,9 @@ def check_kept_context() -> None:
     patched = patcher.clone()
     patched.add_patches(hook.weights, 0.5)
     with_lora = run(patched)
-    result["a patch changes what the same conditioning draws"] = not torch.allclose(with_lora, plain, atol=1e-3)
+    result["a patch changes what the same conditioning draws"] = not torch.allclose(
+        with_lora, plain, atol=1e-3
+    )
     record("the run after a patch is the one before it", run(patcher), plain)
     hooked = run(patcher, hooks=hooks)
     result["a hooked prompt is encoded at every step"] = len(calls) > 6
@@ -307,7 +321,11 @@ def check_kept_context() -> None:
     result["a hook changes what the prompt draws"] = not torch.allclose(hooked, run(both), atol=1e-3)
     with torch.inference_mode(False), torch.enable_grad():
         calls.clear()
-        x, timestep, context = golden["dit.x"].clone(), golden["dit.timestep"].float().clone(), golden["dit.z"]
+        x, timestep, context = (
+            golden["dit.x"].clone(),
+            golden["dit.timestep"].float().clone(),
+            golden["dit.z"],
+        )
         for _ in range(2):
             network(x, timestep, context.clone())
         result["training keeps no context"] = len(calls) == 2 and len(vars(network)["_contexts"]) == 0
@@ -317,6 +335,7 @@ with torch.inference_mode():
     for check in (
         check_dit,
         check_kept_context,
+        check_loader_text,
         check_decoder,
         check_sdxl_shapes,
         check_backbone,
