@@ -194,6 +194,7 @@ class _Run:
         self._on_event = on_event
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         self.started = time.monotonic()
+        self._unwritten: list[str] = []
         self._pipeline: Blip3oPipeline | None = None
         self._data: TrainingData | None = None
 
@@ -212,10 +213,12 @@ class _Run:
         if not self.is_main:
             return
         event = {key: _finite(value) for key, value in event.items()}
+        self._unwritten.append(json.dumps({**event, "time": round(time.time(), 3)}, default=str))
+        # Before its folder is there nothing has been done that is worth keeping.
         if self.folder.is_dir():
             with (self.folder / EVENTS_NAME).open("a", encoding="utf-8") as file:
-                stamped = {**event, "time": round(time.time(), 3)}
-                file.write(json.dumps(stamped, ensure_ascii=False, default=str) + "\n")
+                file.write("\n".join(self._unwritten) + "\n")
+            self._unwritten.clear()
         self._on_event(event)
 
     def go(self, phases: Sequence[str], fresh: bool) -> RunResult:
@@ -396,11 +399,8 @@ class _Run:
             pictures["Training pictures and what the decoder can show of them"] = "ceiling.png"
         write_metrics(self.folder)
         notes = list(dict.fromkeys(read_history(self.folder).warnings))
-        try:
-            write_plot(self.folder)
-            pictures["Loss and scores"] = "loss.png"
-        except MissingFilesError as error:
-            notes.append(str(error))
+        write_plot(self.folder)
+        pictures["Loss and scores"] = "loss.png"
         separable = separability_of(data)
         card = Scorecard(
             numbers,
@@ -445,10 +445,7 @@ class _Run:
                 },
             )
             self.tell({"event": "sample", "step": step, "prompt": prompt, "path": str(path)})
-        try:
-            write_plot(self.folder)
-        except MissingFilesError:
-            pass  # the report says so once
+        write_plot(self.folder)
 
     @property
     def _settings(self) -> FeatureSettings:
