@@ -390,8 +390,13 @@ def _inject(
             use_dora=config.type == "dora",
             **common,
         )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws starting values, which are replaced below
-        inject_adapter_in_model(peft_config, network, adapter_name=NAME)
+    sizes = vars(network).pop("config", None)  # PEFT before 0.18 takes any `config` for one of transformers
+    try:
+        with torch.random.fork_rng(devices=[]):  # PEFT draws starting values, which are replaced below
+            inject_adapter_in_model(peft_config, network, adapter_name=NAME)
+    finally:
+        if sizes is not None:
+            network.config = sizes
     layers = {
         prefix + name: module
         for name, module in network.named_modules()
