@@ -546,6 +546,9 @@ class _Fit:
         state = newest_state(self.states)
         if state is not None:
             self._restore(state)
+            progress, patience = self.progress, self.config.validate.patience
+            if self.step < self.total and not (patience and progress.stale >= patience):
+                progress.stopped_because = None  # the settings ask for more than they did
             logger.info("Going on from step %d", self.step)
 
     def _restore(self, state: State) -> None:

@@ -149,6 +149,18 @@ def test_a_finished_run_returns_at_once(tmp_path: Path) -> None:
     assert [event["event"] for event in events] == ["saved"]
 
 
+def test_a_finished_run_goes_on_when_asked_for_more(tmp_path: Path) -> None:
+    judge = {"validate": lambda adapter, step: validation(step), "validate__every": 1}
+    constant = {"train__schedule": {"type": "constant", "warmup": 0}}
+    run_fit(tmp_path / "longer", train__steps=4, **constant)
+    straight = run_fit(tmp_path / "straight", train__steps=7, **constant)
+    assert same(run_fit(tmp_path / "longer", train__steps=7, **constant).last, straight.last)
+    patient = run_fit(tmp_path / "patient", validate__patience=2, **judge)
+    assert (patient.steps, patient.stopped_because) == (3, "patience")
+    assert run_fit(tmp_path / "patient", validate__patience=2, **judge).steps == 3
+    assert run_fit(tmp_path / "patient", validate__patience=0, **judge).steps == 6
+
+
 def test_the_same_seed_writes_the_same_bytes_whatever_lies_about(tmp_path: Path) -> None:
     hashes = []
     for name in ("first", "second"):
