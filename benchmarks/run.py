@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,18 +50,28 @@ def main() -> None:
     )
     results: dict[str, list] = {}
     for stage in arguments.stages:
-        for size in sizes if stage not in ("start", "quality", "load") else ("tiny",):
-            if stage == "formats" and size == "middle":
-                continue
+        for size in sizes_of(stage, sizes, arguments.device):
             print(f"{stage}, {size} ...", file=sys.stderr, flush=True)
             results.setdefault(stage, []).append(run_child(stage, size, sys.argv[1:], arguments.threads))
-    text = report(results, arguments)
-    print(text)
-    if arguments.name:
-        RESULTS.mkdir(exist_ok=True)
-        entry = {"machine": arguments.machine, "results": results}
-        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
-        (RESULTS / f"{arguments.name}.md").write_text(text, "utf-8")
+            if arguments.name:  # at once: a run of hours may be cut off
+                write_results(results, arguments)
+    print(report(results, arguments))
+
+
+def write_results(results: dict[str, list], arguments: argparse.Namespace) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    entry = {"machine": arguments.machine, "results": results}
+    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
+    (RESULTS / f"{arguments.name}.md").write_text(report(results, arguments), "utf-8")
+
+
+def sizes_of(stage: str, sizes: Sequence[str], device: str) -> Sequence[str]:
+    """The sizes at which a stage makes sense and ends in minutes."""
+    if stage in ("start", "quality", "load"):
+        return ["tiny"]
+    if stage == "formats":
+        return ["tiny", "full"]
+    return ["tiny"] if stage == "sample_batch" and device == "cpu" else sizes
 
 
 def run_child(stage: str, size: str, options: list[str], threads: int) -> dict:
