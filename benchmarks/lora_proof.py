@@ -106,13 +106,24 @@ class Bench:
         from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
         from comfyui_blip3o.blip3o_core.metadata import checkpoint_fingerprint
         from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
+        from comfyui_blip3o.lora_training.prompts import DRIFT_SCENES, PRESERVED_SCENES
         from comfyui_blip3o.pretraining.geneval import CATEGORIES, category_prompts
 
         self.arguments = arguments
         self.pipeline = load_pipeline(BUILT_IN_MODEL, device="cpu")
         self.fingerprint = checkpoint_fingerprint(self.pipeline.files)
+        # Nothing is judged on what preservation was shown.
+        shown = {*PRESERVED_SCENES, *DRIFT_SCENES}
         self.others = [
-            prompt for each in CATEGORIES for prompt in category_prompts(each, arguments.prompts, 0)
+            prompt
+            for each in CATEGORIES
+            for prompt in category_prompts(each, arguments.prompts + len(shown), 0)
+            if prompt.text not in shown
+        ]
+        self.others = [
+            prompt
+            for each in CATEGORIES
+            for prompt in [other for other in self.others if other.category == each][: arguments.prompts]
         ]
         self.concept = lora_concept
         encode = self.pipeline.encode_images
