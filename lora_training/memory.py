@@ -9,9 +9,10 @@ from torch import nn
 
 from ..blip3o_core.models.nextdit import NextDiT
 
-# Saved activations of one sample, bytes per layer, feature and unit of width: 275 MiB at 24 layers, 64 features and
-# width 1792 in bf16. With block-level checkpointing a block keeps only its input.
-SAVED_BYTES = 105
+# Saved activations of one sample, bytes per layer, feature and unit of width, by bytes of a value: counted at the
+# published sizes (11.5 MiB a layer in bf16 beside float32 adapters). With block-level checkpointing a block keeps only
+# its input.
+SAVED_BYTES = {2: 105, 4: 141}
 # Kernels, cuBLAS workspaces and fragments that no tensor accounts for.
 OVERHEAD_BYTES = int(0.8 * 2**30)
 # fp32 weight, gradient and two moments of what learns; a moving average is a fifth.
@@ -53,7 +54,7 @@ def needed_bytes(
     """
     weights = sum(tensor.nbytes for tensor in [*dit.parameters(), *dit.buffers()])
     value = 2 if _is_half(dit) else 4
-    saved = SAVED_BYTES * features * dit.config.dim * value // 2
+    saved = SAVED_BYTES[value] * features * dit.config.dim
     block_inputs = features * dit.config.dim * value * dit.config.layers
     per_sample = saved + block_inputs if grad_checkpoint else saved * dit.config.layers
     return weights + learning * (LEARNING_BYTES + 4 * ema) + micro_batch * per_sample + _overhead(dit)

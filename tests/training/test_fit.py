@@ -291,12 +291,18 @@ def test_narrow_bases_learn(kind: str, tmp_path: Path) -> None:
     assert sum(result.losses[-10:]) < 0.8 * sum(result.losses[:10])
 
 
-def test_no_state_of_accelerate_is_made_in_a_process_that_trains_alone(tmp_path: Path) -> None:
+def test_no_state_of_accelerate_is_made_in_a_process_that_trains_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accelerate.state import AcceleratorState, PartialState
 
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("accelerate was asked for process-wide state")
+
     assert "WORLD_SIZE" not in os.environ
-    run_fit(tmp_path)
-    assert not PartialState._shared_state and not AcceleratorState._shared_state
+    for kind in (AcceleratorState, PartialState):
+        monkeypatch.setattr(kind, "__init__", refuse)
+    assert run_fit(tmp_path).steps == 6
 
 
 def test_fitting_works_inside_inference_mode_with_tensors_made_there(tmp_path: Path) -> None:

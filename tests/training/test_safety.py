@@ -279,3 +279,34 @@ def test_the_memory_plan_of_the_published_network_is_that_of_its_parts() -> None
     assert whole / GIB == pytest.approx(2.54 + 0.26 + 8 * 275 / 1024, abs=0.1)
     recomputed = needed_bytes(dit, 17_444_864, 8, features=64, grad_checkpoint=True, ema=False)
     assert recomputed / GIB == pytest.approx(2.54 + 0.26 + 8 * 17 / 1024, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_planned_activations_are_those_that_autograd_keeps(dtype: torch.dtype) -> None:
+    from comfyui_blip3o.blip3o_core.config import NextDiTConfig
+    from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
+
+    kept: dict[int, int] = {}
+    planned: dict[int, int] = {}
+    for layers in (1, 2):
+        sizes = NextDiTConfig(
+            dim=256, layers=layers, heads=4, kv_heads=4, in_channels=256, conditioning_dim=512, ffn_dim=695,
+            time_dim=146,
+        )  # fmt: skip
+        dit = NextDiT(sizes).to(dtype)
+        adapter = attach(dit, AdapterConfig(rank=2))
+        weights = {tensor.untyped_storage().data_ptr() for tensor in dit.parameters()}
+        storages: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, Tensor] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with adapter.autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            dit(torch.randn(4, 256, 8, 8), torch.full((4,), 500.0), torch.randn(4, 64, 512))
+        kept[layers] = sum(
+            tensor.untyped_storage().nbytes() for place, tensor in storages.items() if place not in weights
+        )
+        options = {"features": 64, "grad_checkpoint": False, "ema": False}
+        planned[layers] = needed_bytes(dit, 0, 4, **options) - needed_bytes(dit, 0, 0, **options)
+    assert planned[2] - planned[1] == pytest.approx(kept[2] - kept[1], rel=0.15)
