@@ -357,7 +357,11 @@ class _Run:
         result.adapter = None
         self.pipeline.unload()
         if proof is not None:
-            scorecard, report = self._prove(dataset, data, result, *proof)
+            try:
+                scorecard, report = self._prove(dataset, data, result, *proof)
+            except Interrupted:
+                self._save(result.best, "interrupted", result.best_step, None, data, base)
+                raise
         if "export" in phases:
             self.tell({"event": "phase", "phase": "export", "done": 0, "total": 1})
             lora = self._save(result.best, "", result.best_step, scorecard, data, base)

@@ -113,6 +113,21 @@ def test_a_stopped_run_leaves_a_usable_lora_and_ends_as_if_it_had_never_stopped(
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
 
 
+def test_a_stop_while_it_is_measured_also_leaves_a_file_that_can_be_used(model: Path, tmp_path: Path) -> None:
+    config = parse_config(run_tree(tmp_path, model))
+    events: list[dict[str, Any]] = []
+    with pytest.raises(Interrupted):
+        train_lora(
+            config,
+            on_event=events.append,
+            should_stop=lambda: any(event.get("phase") == "prove" for event in events),
+        )
+    left = load_file(str(config.folder / "final" / "it_interrupted.safetensors"))
+    finished = load_file(str(train_lora(config).lora))
+    assert left.keys() == finished.keys()
+    assert all(torch.equal(left[key], finished[key]) for key in left)
+
+
 def test_large_networks_are_in_memory_one_at_a_time(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
