@@ -149,15 +149,22 @@ class Probe(nn.Module):
 def probe_set(encode: object, number: int, seed: int) -> tuple[Tensor, Tensor]:
     """Features and labels of a probe's set: a third the concept, a third its nearest kin, a third known scenes.
 
-    Its kin are three shapes of one kind in three other colours, in the concept's colours at other places, and in one.
+    Its kin are three shapes of one kind in any colours, in the concept's at other places, and with one light wrong.
 
     Args:
         encode: pictures -> features (B, N, C).
     """
     rng = np.random.default_rng(seed)
-    kin = [tuple(rng.choice(COLOURS, 3)) for _ in range(number // 2)]
-    kin += [tuple(rng.permutation(LIGHTS)) for _ in range(number - len(kin))]
-    kin = [colours if colours != LIGHTS else ("green", "red", "yellow") for colours in kin]
+    kin = []
+    for n in range(number):
+        lights = list(LIGHTS)
+        if n % 4 == 0:
+            lights = list(rng.choice(COLOURS, 3))
+        elif n % 4 == 1:
+            rng.shuffle(lights)
+        else:
+            lights[int(rng.integers(3))] = str(rng.choice(COLOURS))
+        kin.append(tuple(lights) if tuple(lights) != LIGHTS else ("red", "yellow", "yellow"))
     others = [
         concept_pictures(12, seed + 100 + n, colours=colours)[int(rng.integers(12))]
         for n, colours in enumerate(kin)
@@ -176,10 +183,9 @@ def train_probe(features: Tensor, labels: Tensor, steps: int = 200) -> Probe:
     nn.init.zeros_(probe.linear.weight)
     nn.init.zeros_(probe.linear.bias)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.1)
-    weight = (labels == 0).sum() / (labels == 1).sum()
     with torch.enable_grad():
         for _ in range(steps):
-            loss = nn.functional.binary_cross_entropy_with_logits(probe(features), labels, pos_weight=weight)
+            loss = nn.functional.binary_cross_entropy_with_logits(probe(features), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
