@@ -60,6 +60,58 @@ def test_a_picture_counts_as_much_as_its_weight(tmp_path: Path) -> None:
     assert min(parts) > 0 and sum(parts) == pytest.approx(even)
 
 
+def test_masks_and_weights_of_pictures_count_in_the_loss(tmp_path: Path) -> None:
+    data = training_data()
+    mask = torch.zeros(2, 16)
+    mask[:, 5:9] = 1.0
+    samples = (
+        dataclasses.replace(data.train[0], weights=mask),
+        dataclasses.replace(data.train[1], weight=0.25),
+    )
+    data = dataclasses.replace(data, train=(*samples, *data.train[2:]))
+    result = run_fit(tmp_path, data, train__steps=1, train__cond_drop=0)
+    rows = draw_rows(data.train, (), 0, 0, 4, 0.0)
+    features = torch.stack([row.features for row in rows])
+    conditioning = torch.stack([row.sample.conditioning[0] for row in rows])
+    noise, sigmas = draw_noise(0, 0, range(4), features.shape[1:]), draw_sigmas(TimestepConfig(), 0, 0, 4)
+    square = (velocities(build_dit(), features, noise, sigmas, conditioning) - (noise - features)) ** 2
+    each = {
+        "picture 0": lambda row: square[row, 5:9].mean(),
+        "picture 1": lambda row: 0.25 * square[row].mean(),
+    }
+    losses = [each.get(row.sample.name, lambda row: square[row].mean())(i) for i, row in enumerate(rows)]
+    assert result.losses == [pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)]
+
+
+def test_gradients_are_cut_to_the_asked_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.Optimizer) -> None:
+        grads = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        norms.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    events: list[dict[str, object]] = []
+    run_fit(tmp_path / "cut", on_event=events.append, train__clip=0.01, train__steps=2)
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-4)
+    assert events[1]["grad_norm"] > 0.01  # what is told is the norm before
+    norms.clear()
+    run_fit(tmp_path / "whole", train__clip=0.0, train__steps=1)
+    assert norms == [pytest.approx(events[1]["grad_norm"], rel=1e-5)]
+
+
+def test_preservation_of_no_weight_is_told_and_changes_nothing(tmp_path: Path) -> None:
+    events: list[dict[str, object]] = []
+    free = run_fit(tmp_path / "free")
+    weightless = {"train__prior": {"dop": True, "weight": 0.0, "prompts": []}}
+    kept = run_fit(tmp_path / "kept", on_event=events.append, train__micro_batch=4, **weightless)
+    assert all(torch.allclose(kept.last[key], value, atol=1e-6) for key, value in free.last.items())
+    told = [event["preservation"] for event in events if event["event"] == "step"]
+    assert told[0] == pytest.approx(0, abs=1e-12) and told[-1] > 0  # the adapter starts as the base
+
+
 def test_after_the_first_step_every_zero_half_has_a_gradient_and_every_other_after_the_second(
     tmp_path: Path,
 ) -> None:
