@@ -125,9 +125,10 @@ def run_sampler(
     seed: int,
     start: Tensor | None = None,
     mask: Tensor | None = None,
+    has_preview: bool = True,
 ) -> Tensor:
     """One run of ComfyUI's sampler with a live preview on the node; cancel stops it within a layer."""
-    progress = host.StepProgress(len(sigmas) - 1, preview_of(model))
+    progress = host.StepProgress(len(sigmas) - 1, preview_of(model) if has_preview else None)
     return comfy.sample.sample_custom(
         model,
         noise,
@@ -261,8 +262,13 @@ def run_decoder(
     start_images: Tensor | None = None,
     strength: float = 1.0,
     tiled: bool = False,
+    has_preview: bool = True,
 ) -> Tensor:
-    """Pictures (B, H, W, 3) in [0, 1] of image features (B, channels, h, w)."""
+    """Pictures (B, H, W, 3) in [0, 1] of image features (B, channels, h, w).
+
+    Args:
+        has_preview: off where the node shows a picture of its own in the end: the page keeps a live preview in its place.
+    """
     network = require_decoder(decoder)
     height, width = picture_size(network, height, width)
     if scheduler == PUBLISHED:
@@ -304,5 +310,6 @@ def run_decoder(
             sampler=sampler,
             seed=seed,
             start=start,
+            has_preview=has_preview,
         )
     return vae.decode_tiled(latents) if tiled else vae.decode(latents)

@@ -256,9 +256,8 @@ def ceiling_and_trigger(
             'Choose the same checkpoint in "Load Image Encoder" and "Load BLIP3-o". '
             f"({features.shape[2]} channels, expected {require_decoder(decoder).feature_channels})"
         )
-    painted = to_pil(
-        run_decoder(decoder, vae, to_grid(features, (side, side)), seed=seed, steps=steps, cfg=cfg)
-    )
+    settings = {"seed": seed, "steps": steps, "cfg": cfg, "has_preview": False}
+    painted = to_pil(run_decoder(decoder, vae, to_grid(features, (side, side)), **settings))
     again = image_encoder.pipeline.encode_images(painted)
     cosines = F.cosine_similarity(features.flatten(1), again.flatten(1), dim=1).tolist()
     originals = tuple(
@@ -266,7 +265,7 @@ def ceiling_and_trigger(
     )
     names = tuple(item.name for item in items)
     ceiling = Ceiling(names, originals, tuple(painted), tuple(cosines))
-    return ceiling.sheet(), f"{ceiling.text()}\n{trigger_report(dataset.config, backbone, report.dataset)}"
+    return ceiling.sheet(columns=2), f"{ceiling.text()}\n{trigger_report(dataset.config, backbone, report.dataset)}"
 
 
 def trigger_report(config: DataConfig, backbone: BackboneHandle, dataset: Dataset) -> str:
