@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -22,15 +23,19 @@ from ..blip3o_core.images import to_pil
 from ..blip3o_core.noise import item_seeds, seeded_noise
 from ..blip3o_core.presets import PRESETS
 from ..blip3o_core.sampling import FeatureSettings, sample_features
+from .captions import article
+from .checker import look
 from .gates import answer_accuracy
 from .geneval import CATEGORIES, category_prompts, picture_grid, score_prompts, summary
 from .recipe import CONFIGS, Recipe, read_config
+from .scenes import KINDS
 from .stages.encoder import GRID
 from .stages.generation import encode_prompts, tokens_to_latents
 from .trainer import train_stage
 
 FOLDER = "comparison"
 SHOWN = 6
+TRIES = 8
 # What regression learns is drawn in one step from pure noise; guidance has nothing to steer.
 ONE_STEP = FeatureSettings(steps=1, guidance_scale=1)
 
@@ -70,6 +75,27 @@ class Drawer:
         side = self.decoder.unet.config.sample_size
         noise = seeded_noise(seeds, (self.decoder.latent_channels, side, side))
         return decode_features(self.decoder, tokens, noise=noise, settings=PRESETS[preset].pixels)
+
+
+def variety(drawer: Drawer, seed: int, preset: str) -> dict[str, float]:
+    """What pictures of one prompt that leaves the colour open look like from seed to seed.
+
+    Returns:
+        `pure`: share of pictures with one object of one colour; `colours`: different colours among TRIES pictures of
+        a prompt, the mean over all kinds.
+    """
+    found = []
+    for kind in KINDS:
+        drawn = drawer.generate(
+            [article(kind)], images_per_prompt=TRIES, seed=seed, preset=preset, batch_size=TRIES
+        )
+        reports = [look(np.asarray(picture)) for picture in drawn.pictures]
+        found.append([r.objects[0].colour if len(r.objects) == 1 else None for r in reports])
+    pure = [[colour for colour in colours if colour is not None] for colours in found]
+    return {
+        "pure": sum(map(len, pure)) / (TRIES * len(KINDS)),
+        "colours": float(np.mean([len(set(colours)) for colours in pure])),
+    }
 
 
 def comparison_rows(path: Path = CONFIGS / "comparison.yaml") -> dict[str, dict[str, Any]]:
@@ -128,8 +154,10 @@ def compare(
 def to_markdown(result: dict[str, Any]) -> str:
     """The comparison as a Markdown table."""
     lines = [
-        "| design | " + " | ".join(CATEGORIES) + " | overall | questions | steps | minutes |",
-        "|---" * (len(CATEGORIES) + 5) + "|",
+        "| design | "
+        + " | ".join(CATEGORIES)
+        + " | overall | pure | colours | questions | steps | minutes |",
+        "|---" * (len(CATEGORIES) + 7) + "|",
     ]
     for row in result["rows"].values():
         categories = row["prompts"]["categories"]
@@ -137,7 +165,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {row['title']} | "
             + " | ".join(shares)
-            + f" | **{row['prompts']['overall']['correct']:.3f}** | {row['questions']['overall']:.3f}"
+            + f" | **{row['prompts']['overall']['correct']:.3f}** | {row['open colours']['pure']:.2f}"
+            + f" | {row['open colours']['colours']:.1f} | {row['questions']['overall']:.3f}"
             + f" | {row['steps']} | {row['minutes']:.0f} |"
         )
     return "\n".join([*lines, "", f"Questions before: {result['understanding before']:.3f}.", ""])
@@ -178,6 +207,7 @@ def _row(
     return {
         "title": config["title"],
         "prompts": summary(drawn),
+        "open colours": variety(drawer, seed + 2000, preset),
         "questions": answer_accuracy(drawer.understanding, scenes, seed + 1),
         "steps": job.loop.steps,
         "batch_size": job.loop.batch_size,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import yaml
 from comfyui_blip3o.blip3o_core.errors import BadInputError, MissingFilesError
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from comfyui_blip3o.pretraining.cli import main
-from comfyui_blip3o.pretraining.compare import Drawer, check_rows, comparison_rows
+from comfyui_blip3o.pretraining.compare import Drawer, check_rows, comparison_rows, variety
 from comfyui_blip3o.pretraining.geneval import CATEGORIES
 from comfyui_blip3o.pretraining.recipe import CONFIGS, STAGES, Recipe, read_config
+from comfyui_blip3o.pretraining.scenes import COLOUR_RGB
+from PIL import Image
 
 TOY = {
     "encoder": {"network": {"width": 48, "layers": 3, "head_width": 16, "mlp_dim": 64}},
@@ -192,3 +195,26 @@ def toy_rows():
         name: {**row, **{key: toy("generation")[key] for key in ("data", "network", "loop")}}
         for name, row in comparison_rows().items()
     }
+
+
+@pytest.mark.parametrize(
+    ("colour_of", "expected"),
+    [
+        (lambda seed: (COLOUR_RGB[seed % 4],) * 2, {"pure": 1.0, "colours": 4.0}),
+        (lambda seed: (COLOUR_RGB[0],) * 2, {"pure": 1.0, "colours": 1.0}),
+        (lambda seed: (COLOUR_RGB[0], COLOUR_RGB[3]), {"pure": 0.0, "colours": 0.0}),
+    ],
+    ids=["four", "one", "blended"],
+)
+def test_variety_counts_the_pure_colours_of_a_prompt(colour_of, expected):
+    class Painter:
+        def generate(self, prompts, *, images_per_prompt, seed, preset, batch_size):
+            pictures = []
+            for n in range(images_per_prompt):
+                pixels = np.full((128, 128, 3), 255, np.uint8)
+                left, right = colour_of(seed + n)
+                pixels[40:88, 40:64], pixels[40:88, 64:88] = left, right
+                pictures.append(Image.fromarray(pixels))
+            return SimpleNamespace(pictures=pictures)
+
+    assert variety(Painter(), 0, "fast") == expected
