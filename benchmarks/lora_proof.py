@@ -24,10 +24,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS: dict[str, dict[str, Any]] = {
-    "LoRA with preservation": {},
+    "LoRA with preservation": {"train__prior__weight": 4.0},
     "LoRA without preservation": {"train__prior__dop": False},
-    "query tuning": {"adapter__type": "queries", "train__optimizer__lr": 1e-2},
-    "negative control: scrambled pictures": {},
+    "query tuning": {"adapter__type": "queries", "train__optimizer__lr": 2e-2},
+    "negative control: scrambled pictures": {"train__prior__weight": 4.0},
 }
 SCRAMBLED = "negative control: scrambled pictures"
 PROBE_PICTURES = 300

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..blip3o_core.images import fit_size, to_pil
 from ..blip3o_core.pipeline import Blip3oPipeline
 from ..blip3o_core.presets import PRESETS
-from ..blip3o_core.prompts import TextTokenizer
 from .config import DataConfig
 from .dataset import assemble_prompts
+from .prompts import knows
 from .records import Interrupted, StopCheck
 
 SHOWN_SIDE, CAPTION_HEIGHT, GAP = 192, 16, 4
@@ -213,12 +213,6 @@ def suggest_triggers(
         found = trigger_separability(pipeline, [a for a, _ in pairs], [b for _, b in pairs], others)
         scored.append((trigger, found.score))
     return sorted(scored, key=lambda entry: -entry[1])
-
-
-def knows(tokenizer: TextTokenizer, text: str) -> bool:
-    """Whether a tokenizer has every word of a text: what it does not have is lost on the way back."""
-    shown = tokenizer.decode(tokenizer.encode(text))
-    return "".join(shown.split()).lower() == "".join(text.split()).lower()
 
 
 def picture_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -489,12 +489,12 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
-    from ..blip3o_core.lora import read_lora
+    from ..blip3o_core.lora import read_lora, split_strength
     from .convert import base_weights
     from .files import save_lora
     from .merge import merge_into_checkpoint, merge_loras
 
-    loras = [_with_strength(text) for text in arguments.loras]
+    loras = [split_strength(text) for text in arguments.loras]
     if arguments.into is not None:
         print(f"Wrote {merge_into_checkpoint(arguments.into, arguments.out, loras)}")
         return
@@ -544,15 +544,6 @@ def _checkpoint(arguments: argparse.Namespace) -> Any:
     from ..blip3o_core.checkpoints.layout import open_checkpoint
 
     return open_checkpoint(arguments.model) if arguments.model else None
-
-
-def _with_strength(text: str) -> tuple[Path, float]:
-    """FILE[:STRENGTH]; a colon inside a path, as in C:, stays."""
-    path, sign, strength = text.rpartition(":")
-    try:
-        return (Path(path), float(strength)) if sign else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0
 
 
 # Inside

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from .config import BUILT_IN, LoraConfig
+from functools import lru_cache
+from pathlib import Path
+
+from ..blip3o_core.prompts import TextTokenizer
+from .config import LoraConfig
 
 PRESERVED = (
     "a photo of a cat on a sofa",
@@ -28,7 +32,7 @@ DRIFT = (
     "an oil painting of the sea",
     "three apples on a plate",
 )
-# What the built-in model knows: one to three coloured shapes. Every colour with every number and most kinds: with half as
+# For a model with the words of the built-in one: one to three coloured shapes. Every colour with every number and most kinds: with half as
 # many, colours of the concept crept into pairs and counts that none of them named.
 PRESERVED_SCENES = (
     "a red circle",
@@ -43,27 +47,27 @@ PRESERVED_SCENES = (
     "a star on a black background",
     "a cyan ring on a black background",
     "a purple triangle on a black background",
-    "a green cross in front of a black background",
+    "a drawing of a green cross in front of a black background",
     "a small cyan cross",
     "a large yellow square",
-    "a large ring",
+    "a drawing of a large ring",
     "a small triangle on a black background",
     "two green circles",
     "two red stars",
-    "two yellow rings on a black background",
+    "a picture of two yellow rings in front of a black background",
     "two blue crosses",
-    "two purple squares",
+    "there are two purple squares",
     "two circles",
     "three red squares",
     "three cyan triangles",
-    "three yellow stars on a black background",
+    "an image of three yellow stars , black background",
     "three purple circles",
     "three green rings",
     "three blue stars",
     "a blue triangle and a yellow ring",
     "a green star and a purple cross",
-    "a cyan circle and a red square on a black background",
-    "a purple ring and a cyan triangle",
+    "a drawing of a cyan circle and a red square in front of a black background",
+    "a photo of a yellow ring and a yellow triangle",
     "a ring and a triangle",
     "a square and a cross on a black background",
     "a red ring above a cyan square",
@@ -92,11 +96,24 @@ def preservation_prompts(config: LoraConfig) -> tuple[str, ...]:
         return ()
     if config.train.prior.prompts != "built-in":
         return tuple(config.train.prior.prompts)
-    return PRESERVED_SCENES if config.model.root == BUILT_IN else PRESERVED
+    return PRESERVED if _knows_the_world(config.checkpoint) else PRESERVED_SCENES
 
 
 def drift_prompts(config: LoraConfig) -> tuple[str, ...]:
     """Prompts that drift is measured on."""
     if config.validate.drift_prompts != "built-in":
         return tuple(config.validate.drift_prompts)
-    return DRIFT_SCENES if config.model.root == BUILT_IN else DRIFT
+    return DRIFT if _knows_the_world(config.checkpoint) else DRIFT_SCENES
+
+
+def knows(tokenizer: TextTokenizer, text: str) -> bool:
+    """Whether a tokenizer has every word of a text: what it does not have is lost on the way back."""
+    shown = tokenizer.decode(tokenizer.encode(text))
+    return "".join(shown.split()).lower() == "".join(text.split()).lower()
+
+
+@lru_cache(maxsize=8)
+def _knows_the_world(folder: Path) -> bool:
+    """Whether a checkpoint has the words of the everyday prompts; else it is of the built-in model's kind."""
+    tokenizer = TextTokenizer(folder)
+    return all(knows(tokenizer, prompt) for prompt in (*PRESERVED, *DRIFT))

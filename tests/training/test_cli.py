@@ -229,11 +229,6 @@ def test_files_are_inspected_converted_merged_and_resized(
     assert main(["lora", "inspect", str(tmp_path / "none.safetensors")]) == 2
 
 
-def test_a_strength_follows_the_last_colon_if_it_is_a_number() -> None:
-    assert lora_cli._with_strength("C:/x.safetensors") == (Path("C:/x.safetensors"), 1.0)
-    assert lora_cli._with_strength("x.safetensors:-0.5") == (Path("x.safetensors"), -0.5)
-
-
 RUN_CLI = (
     "import importlib.util, sys\n"
     f"spec = importlib.util.spec_from_file_location('comfyui_blip3o', {str(ROOT / '__init__.py')!r},"
