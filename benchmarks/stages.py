@@ -19,6 +19,7 @@ from comfyui_blip3o.blip3o_core.compiling import can_compile, compile_network
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.decoding import PixelSettings, decode_features
 from comfyui_blip3o.blip3o_core.flow import sigma_schedule, whole_timesteps
+from comfyui_blip3o.blip3o_core.models import linear
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.blip3o_core.prefixes import KeptChat
 from comfyui_blip3o.blip3o_core.presets import PRESETS
@@ -89,14 +90,16 @@ def sampling_stage(networks: Networks, limits: Limits, rounds: int, batch: int =
     noise = torch.randn(batch, *networks.noise_shape, generator=generator).to(device)
     settings = FeatureSettings()
 
-    def ours(*, is_prepared: bool) -> Tensor:
-        can_fuse = sampling.can_fuse
+    def ours(*, is_prepared: bool, is_packed: bool = True) -> Tensor:
+        can_fuse, can_pack = sampling.can_fuse, linear.can_pack
         if not is_prepared:
             sampling.can_fuse = lambda dit: False
+        if not is_packed:
+            linear.can_pack = lambda weight: False
         try:
             return sample_features(dit, conditioning, noise=noise, settings=settings)
         finally:
-            sampling.can_fuse = can_fuse
+            sampling.can_fuse, linear.can_pack = can_fuse, can_pack
 
     flops = count_flops(lambda: ours(is_prepared=False)) / batch
     moved = settings.steps * weight_bytes(dit) / batch
@@ -107,7 +110,8 @@ def sampling_stage(networks: Networks, limits: Limits, rounds: int, batch: int =
             *(batch, count_flops(lambda: plain_loop(dit, conditioning, noise, settings)) / batch, 2 * moved),
         ),
         "context kept, guidance in one call": Mode(lambda: ours(is_prepared=False), **once),
-        "prepared run (what is used)": Mode(lambda: ours(is_prepared=True), **once),
+        "prepared run, weights as they are": Mode(lambda: ours(is_prepared=True, is_packed=False), **once),
+        "prepared run, packed weights (what is used)": Mode(lambda: ours(is_prepared=True), **once),
         "diffusers' Lumina blocks, published loop": Mode(
             _diffusers_loop(networks, conditioning, noise, settings),
             batch,
