@@ -56,9 +56,11 @@ def browser() -> Iterator[Any]:
 def page(browser: Any, server: Server) -> Iterator[Any]:
     """The page, past its first start; errors that the console shows from then on are in page.complaints."""
     page = browser.new_page(viewport={"width": 1900, "height": 1100})
+    # Two busy cores draw a large graph slowly.
+    page.set_default_timeout(180_000)
     page.complaints = []
     page.goto(server.url)
-    page.wait_for_function("() => window.app?.graph && window.app.vueAppReady", timeout=60_000)
+    page.wait_for_function("() => window.app?.graph && window.app.vueAppReady", timeout=180_000)
     page.wait_for_timeout(4000)
     page.keyboard.press("Escape")
     page.on(
@@ -76,7 +78,7 @@ def open_template(page: Any, name: str) -> None:
     dialog.get_by_text(PACK, exact=True).first.click()
     dialog.get_by_text(name, exact=True).first.click()
     count = len(json.loads((ROOT / "workflows" / f"{name}.json").read_text("utf-8"))["nodes"])
-    page.wait_for_function(f"() => app.graph._nodes.length === {count}", timeout=20_000)
+    page.wait_for_function(f"() => app.graph._nodes.length === {count}", timeout=60_000)
     page.wait_for_timeout(1200)
     page.evaluate("() => app.canvas.fitViewToSelectionAnimated?.() ?? app.canvas.ds.reset()")
 
@@ -137,3 +139,40 @@ def test_a_click_on_run_shows_picture_and_answer(page: Any, shots: Path, checkpo
             .filter((value) => value !== undefined)"""
     )
     assert again == answers, "answers are gone when the graph is opened again"
+
+
+def test_a_training_draws_its_chart_while_it_runs_and_keeps_it(page: Any, shots: Path, checkpoint: str):
+    open_template(page, "compare_strengths")
+    page.evaluate(
+        """(name) => {
+            const values = {steps: 6, name: "page", rank: 4, sample_every: 3, checkpoint: name,
+                more: "sample.steps=2\\nvalidate.noise_seeds=1", feature_steps: 2, pixel_steps: 2, strengths: "1"};
+            for (const node of app.graph._nodes) for (const widget of node.widgets ?? [])
+                if (widget.name in values) widget.value = values[widget.name];
+            window.charts = [];
+            app.api.addEventListener("blip3o.training", ({detail}) => window.charts.push(detail.chart.loss.length));
+        }""",
+        checkpoint,
+    )
+    page.complaints.clear()
+    page.get_by_role("button", name="Run").first.click()
+    trainer = "app.graph._nodes.find((node) => node.type === 'BLIP3oTrainLora')"
+    page.wait_for_function(f"() => {trainer}.properties.blip3o_chart?.loss.length > 0", timeout=240_000)
+    page.screenshot(path=shots / "training.png")
+    page.wait_for_function(f"() => {trainer}.properties.blip3o_answer", timeout=240_000)
+    page.wait_for_function(
+        "() => app.graph._nodes.some((node) => node.type === 'SaveImage' && (node.imgs ?? []).length)",
+        timeout=120_000,
+    )
+    assert complaints(page) == []
+    assert page.evaluate("() => window.charts.some((count) => count > 0)"), "nothing was drawn while it ran"
+    saved = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+    page.evaluate("(graph) => app.loadGraphData(graph)", saved)
+    page.wait_for_timeout(1000)
+    assert page.evaluate(f"() => {trainer}.properties.blip3o_chart.loss.length") == 6
+    canvas = f"{trainer}.widgets.find((widget) => widget.name === 'training_chart').canvas"
+    colours = page.evaluate(
+        f"""() => {{ const {{data}} = {canvas}.getContext("2d").getImageData(0, 0, {canvas}.width, {canvas}.height);
+            return new Set(new Uint32Array(data.buffer)).size; }}"""
+    )
+    assert colours > 5, "the chart is empty when the graph is opened again"
