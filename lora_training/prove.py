@@ -241,7 +241,7 @@ def verdicts(numbers: Validation, config: LoraConfig, *, has_held_out: bool) -> 
         words.append(f"It learned: the loss on {_pictures(has_held_out)} fell by {numbers.gain:.0%}.")
     else:
         words.append(
-            f"It did not learn: the loss on {_pictures(has_held_out)} changed by {-numbers.gain:+.0%}. "
+            f"It did not learn: the loss on {_pictures(has_held_out)} changed by {-numbers.gain:+.1%}. "
             "Train longer or with a higher train.optimizer.lr, and look at captions and ceiling."
         )
     if numbers.drift > config.validate.drift_max:

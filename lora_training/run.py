@@ -223,7 +223,7 @@ class _Run:
 
     def go(self, phases: Sequence[str], fresh: bool) -> RunResult:
         config = self.config
-        if config.monitor.tensorboard:
+        if config.monitor.tensorboard and self.is_main:
             self._on_event = _with_tensorboard(self.folder, self._on_event)
         if self.is_main:
             dataset = self._prepare(phases, fresh)
