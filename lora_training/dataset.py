@@ -18,6 +18,7 @@ from typing import Any, Literal
 from PIL import ExifTags, Image, ImageOps
 
 from ..blip3o_core.errors import MissingFilesError, TrainingDataError
+from ..blip3o_core.file_span import FileSpan
 from ..blip3o_core.images import to_rgb
 from .config import DataConfig, LoraConfig
 
@@ -69,20 +70,6 @@ class Problem:
             for name, remark in zip(self.names, remarks, strict=True)
         )
         return f"{self.level.upper()}: {self.text}{listed}"
-
-
-@dataclass(frozen=True)
-class FileSpan:
-    """Bytes of a file: `size` of them from `start`; None = to the end. A member of a tar is one."""
-
-    path: Path
-    start: int = 0
-    size: int | None = None
-
-    def read(self) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            return file.read(-1 if self.size is None else self.size)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..blip3o_core.errors import MissingFilesError, TrainingDataError
+from ..blip3o_core.file_span import FileSpan
 from ..blip3o_core.images import fit_size, to_rgb
 
 logger = logging.getLogger(__name__)
@@ -54,26 +55,12 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Bytes of a file: `size` of them from `start`; None = to the end."""
-
-    path: Path
-    start: int = 0
-    size: int | None = None
-
-    def read(self) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            return file.read(-1 if self.size is None else self.size)
-
-
-@dataclass(frozen=True)
 class Entry:
     """A sample not read yet; None = that part is missing."""
 
     key: str
-    picture: Span | None
-    caption: Span | None
+    picture: FileSpan | None
+    caption: FileSpan | None
 
 
 @dataclass(frozen=True)
@@ -146,8 +133,8 @@ def entries_of(shard: Path) -> Iterator[Entry]:
         return
     # with_name keeps names with several dots whole: "cat.v2.jpg" belongs to "cat.v2.txt".
     beside = (shard.with_name(shard.stem + suffix) for suffix in CAPTION_SUFFIXES)
-    caption = next((Span(path) for path in beside if path.is_file()), None)
-    yield Entry(str(shard), Span(shard), caption)
+    caption = next((FileSpan(path) for path in beside if path.is_file()), None)
+    yield Entry(str(shard), FileSpan(shard), caption)
 
 
 def read_sample(entry: Entry) -> Sample:
@@ -386,7 +373,7 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
                     raise TrainingDataError(
                         f'"{path}" holds "{member.name}" twice in one sample.\nWrite the tar again with different names.'
                     )
-                parts[suffix] = Span(path, member.offset_data, member.size)
+                parts[suffix] = FileSpan(path, member.offset_data, member.size)
             if entry := _tar_entry(path, key, parts):
                 has_picture |= entry.picture is not None
                 yield entry
@@ -395,7 +382,7 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
             f'"{path}" cannot be read as a tar.\nDownload it again; a compressed tar must be decompressed first. ({error})'
         ) from error
     # tarfile takes a file cut off between two members for a whole one; a whole one ends in blocks of zeros.
-    if end and Span(path, end, TAR_BLOCK).read() != bytes(TAR_BLOCK):
+    if end and FileSpan(path, end, TAR_BLOCK).read() != bytes(TAR_BLOCK):
         raise TrainingDataError(f'"{path}" is cut off after {end} bytes.\nDownload it again.')
     if not has_picture:
         raise TrainingDataError(
@@ -404,7 +391,7 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
         )
 
 
-def _tar_entry(path: Path, key: str, parts: dict[str, Span]) -> Entry | None:
+def _tar_entry(path: Path, key: str, parts: dict[str, FileSpan]) -> Entry | None:
     """A group of files of one key; None where neither a picture nor a caption is among them."""
     picture = next((parts[suffix] for suffix in PICTURE_SUFFIXES if suffix in parts), None)
     caption = next((parts[suffix] for suffix in CAPTION_SUFFIXES if suffix in parts), None)
