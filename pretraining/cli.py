@@ -11,6 +11,7 @@ from typing import Any
 from ..blip3o_core.config import BUILT_IN_MODEL
 
 STAGE_NAMES = ("encoder", "vae", "decoder", "understanding", "generation", "tuning")
+COMPARISONS = ("designs", "joint")
 PARTS = ("prompts", "questions", "reconstruction")
 
 
@@ -43,9 +44,18 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="seed of weights and batches instead of the configuration's")
     parser.add_argument("--out", type=Path, help="the checkpoint folder to write (default: RUN/checkpoint)")
     comparison = parser.add_argument_group("compare")
-    comparison.add_argument("--rows", nargs="+", help="rows of the comparison (default: all)")
     comparison.add_argument(
-        "--prompts", type=int, default=60, help="unseen prompts per category (default: %(default)s)"
+        "--table",
+        choices=COMPARISONS,
+        default=COMPARISONS[0],
+        help="designs: CLIP + MSE, CLIP + flow, VAE + flow; joint: what learns beside the DiT (default: designs)",
+    )
+    comparison.add_argument("--rows", nargs="+", help="rows of the table (default: all)")
+    comparison.add_argument(
+        "--prompts",
+        type=int,
+        default=60,
+        help="unseen prompts per category, 0 = questions alone (default: %(default)s)",
     )
     comparison.add_argument(
         "--scenes", type=int, default=100, help="unseen pictures asked about (default: %(default)s)"
@@ -204,7 +214,7 @@ def _train(recipe: Any, stage: str, arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) -> int:
     from .compare import check_rows, compare, comparison_rows, to_markdown
 
-    rows = check_rows(comparison_rows(), arguments.rows)
+    rows = check_rows(comparison_rows(arguments.table), arguments.rows)
     for config in rows.values():
         if arguments.steps is not None:
             config["loop"] = {**config["loop"], "steps": arguments.steps}
@@ -212,6 +222,7 @@ def _compare(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]
             config["loop"] = {**config["loop"], "seed": arguments.seed}
     result = compare(
         arguments.run,
+        arguments.run / arguments.table,
         rows,
         prompts=arguments.prompts,
         scenes=arguments.scenes,

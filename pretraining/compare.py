@@ -1,6 +1,7 @@
 """The designs the paper compares, trained and scored alike on the scene world: `blip3o pretrain compare`.
 
-Each row of configs/comparison.yaml is a generation stage on the encoder, VAE, decoder and backbone of one finished run.
+Each row of configs/designs.yaml or configs/joint.yaml is a generation stage on the encoder, VAE, decoder and backbone
+of one finished run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from .stages.encoder import GRID
 from .stages.generation import encode_prompts, tokens_to_latents
 from .trainer import train_stage
 
-FOLDER = "comparison"
 SHOWN = 6
 TRIES = 8
 # What regression learns is drawn in one step from pure noise; guidance has nothing to steer.
@@ -98,15 +98,16 @@ def variety(drawer: Drawer, seed: int, preset: str) -> dict[str, float]:
     }
 
 
-def comparison_rows(path: Path = CONFIGS / "comparison.yaml") -> dict[str, dict[str, Any]]:
-    """Name of each row -> the configuration of its generation stage, with its `title`."""
-    described = yaml.safe_load(path.read_text("utf-8"))
+def comparison_rows(table: str) -> dict[str, dict[str, Any]]:
+    """Name of each row of a table -> the configuration of its generation stage, with its `title`."""
+    described = yaml.safe_load((CONFIGS / f"{table}.yaml").read_text("utf-8"))
     base = {**read_config(CONFIGS / "generation.yaml"), **described["all"]}
     return {name: {**base, **changes} for name, changes in described["rows"].items()}
 
 
 def compare(
     run: Path,
+    folder: Path,
     rows: dict[str, dict[str, Any]],
     *,
     prompts: int = 60,
@@ -120,8 +121,9 @@ def compare(
 
     Args:
         run: a run whose encoder, VAE, decoder and understanding stages are trained.
+        folder: gets a run folder per row, and the table.
         rows: from comparison_rows.
-        prompts: unseen prompts per category.
+        prompts: unseen prompts per category; 0 = no pictures, questions alone.
         scenes: unseen pictures for questions.
         overrides: configurations of the earlier stages, where they are not the recorded ones.
         on_row: called with the name of each row before it is trained.
@@ -139,36 +141,33 @@ def compare(
         "rows": {},
     }
     for name, config in rows.items():
-        folder = run / FOLDER / name
-        path = folder / "scores.json"
+        path = folder / name / "scores.json"
         if not path.is_file():
             if on_row is not None:
                 on_row(name)
-            write_json(path, _row(folder, run, config, overrides, prompts, scenes, seed, preset))
+            write_json(path, _row(folder / name, run, config, overrides, prompts, scenes, seed, preset))
         result["rows"][name] = json.loads(path.read_text("utf-8"))
-    write_json(run / FOLDER / "comparison.json", result)
-    (run / FOLDER / "comparison.md").write_text(to_markdown(result), encoding="utf-8")
+    write_json(folder / "comparison.json", result)
+    (folder / "comparison.md").write_text(to_markdown(result), encoding="utf-8")
     return result
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """The comparison as a Markdown table."""
-    lines = [
-        "| design | "
-        + " | ".join(CATEGORIES)
-        + " | overall | pure | colours | questions | steps | minutes |",
-        "|---" * (len(CATEGORIES) + 7) + "|",
-    ]
+    """The comparison as a Markdown table; without pictures, their columns are left out."""
+    drawn = all("prompts" in row for row in result["rows"].values())
+    columns = [*CATEGORIES, "overall", "pure", "colours"] if drawn else []
+    columns += ["questions", "drawing loss", "steps", "minutes"]
+    lines = ["| design | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in result["rows"].values():
-        categories = row["prompts"]["categories"]
-        shares = [f"{categories[name]['correct']:.2f}" for name in CATEGORIES]
-        lines.append(
-            f"| {row['title']} | "
-            + " | ".join(shares)
-            + f" | **{row['prompts']['overall']['correct']:.3f}** | {row['open colours']['pure']:.2f}"
-            + f" | {row['open colours']['colours']:.1f} | {row['questions']['overall']:.3f}"
-            + f" | {row['steps']} | {row['minutes']:.0f} |"
-        )
+        cells = [row["title"]]
+        if drawn:
+            categories = row["prompts"]["categories"]
+            cells += [f"{categories[name]['correct']:.2f}" for name in CATEGORIES]
+            cells.append(f"**{row['prompts']['overall']['correct']:.3f}**")
+            cells += [f"{row['open colours']['pure']:.2f}", f"{row['open colours']['colours']:.1f}"]
+        cells += [f"{row['questions']['overall']:.3f}", f"{row['loss']:.3f}"]
+        cells += [str(row["steps"]), f"{row['minutes']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"Questions before: {result['understanding before']:.3f}.", ""])
 
 
@@ -193,7 +192,21 @@ def _row(
     seconds = sum(
         (line["step"] - start) * line["seconds_per_step"] for line, start in zip(log, starts, strict=True)
     )
-    drawer = Drawer(recipe)
+    understanding, _ = recipe.drawing()
+    scores = {
+        "title": config["title"],
+        "questions": answer_accuracy(understanding, scenes, seed + 1),
+        "steps": job.loop.steps,
+        "batch_size": job.loop.batch_size,
+        "learning parameters": sum(p.numel() for p in job.module.parameters() if p.requires_grad),
+        "loss": log[-1]["drawing"],
+        "minutes": round(seconds / 60, 1),
+    }
+    return {**scores, **_pictures(Drawer(recipe), folder, prompts, seed, preset)} if prompts else scores
+
+
+def _pictures(drawer: Drawer, folder: Path, prompts: int, seed: int, preset: str) -> dict[str, Any]:
+    """Scores of drawing, and a grid with one line per category."""
     drawn = []
     for category in CATEGORIES:
         wanted = category_prompts(category, prompts, seed)
@@ -203,18 +216,8 @@ def _row(
         for category in CATEGORIES
         for row in [row for row in drawn if row["category"] == category][:SHOWN]
     ]
-    picture_grid(shown, SHOWN).save(folder / "prompts.png")
-    return {
-        "title": config["title"],
-        "prompts": summary(drawn),
-        "open colours": variety(drawer, seed + 2000, preset),
-        "questions": answer_accuracy(drawer.understanding, scenes, seed + 1),
-        "steps": job.loop.steps,
-        "batch_size": job.loop.batch_size,
-        "learning parameters": sum(p.numel() for p in job.module.parameters() if p.requires_grad),
-        "loss": log[-1]["drawing"],
-        "minutes": round(seconds / 60, 1),
-    }
+    picture_grid(shown, min(SHOWN, prompts)).save(folder / "prompts.png")
+    return {"prompts": summary(drawn), "open colours": variety(drawer, seed + 2000, preset)}
 
 
 def check_rows(rows: dict[str, dict[str, Any]], wanted: Sequence[str] | None) -> dict[str, dict[str, Any]]:

@@ -136,40 +136,34 @@ def test_foreign_configurations_are_refused(tmp_path):
         Recipe(tmp_path).job("nonsense")
 
 
-def compared(run, rows, capsys):
-    command = [
-        "pretrain",
-        "compare",
-        "--run",
-        str(run),
-        "--steps",
-        "2",
-        "--prompts",
-        "1",
-        "--rows",
-        *rows,
-        "--scenes",
-        "3",
-    ]
-    assert main(command) == 0
-    return capsys.readouterr()
+def compared(run, table, prompts, capsys):
+    command = ["pretrain", "compare", "--run", str(run), "--table", table, "--steps", "2", "--scenes", "3"]
+    assert main([*command, "--prompts", str(prompts)]) == 0
+    return capsys.readouterr(), json.loads((run / table / "comparison.json").read_text())
 
 
 @pytest.mark.slow
-def test_every_row_of_the_comparison_trains_and_is_scored_alike(run, capsys, monkeypatch):
+def test_every_design_trains_and_is_scored_alike_once(run, capsys, monkeypatch):
     monkeypatch.setattr("comfyui_blip3o.pretraining.compare.comparison_rows", toy_rows)
-    said = compared(run, list(toy_rows()), capsys)
-    result = json.loads((run / "comparison" / "comparison.json").read_text())
+    said, result = compared(run, "designs", 1, capsys)
     assert set(result["rows"]) == set(toy_rows())
     for name, row in result["rows"].items():
         assert set(row["prompts"]["categories"]) == set(CATEGORIES)
         assert f"| {row['title']} |" in said.out and f"Row {name}" in said.err
-        frozen = "learn" not in toy_rows()[name] or toy_rows()[name]["learn"] != "backbone"
-        assert not frozen or row["questions"]["overall"] == result["understanding before"]
-    sizes = {name: row["learning parameters"] for name, row in result["rows"].items()}
-    assert sizes["clip-mse"] == sizes["clip-flow"] < sizes["queries"] < sizes["unfrozen"] < sizes["joint"]
-    again = compared(run, list(toy_rows()), capsys)
+        assert row["questions"]["overall"] == result["understanding before"]
+    again, _ = compared(run, "designs", 1, capsys)
     assert "Row" not in again.err and again.out == said.out
+
+
+def test_a_backbone_that_learns_is_asked_before_and_after(run, capsys, monkeypatch):
+    monkeypatch.setattr("comfyui_blip3o.pretraining.compare.comparison_rows", toy_rows)
+    said, result = compared(run, "joint", 0, capsys)
+    assert "single object" not in said.out and "| questions |" in said.out
+    rows = result["rows"]
+    for name in ("sequential", "queries"):
+        assert rows[name]["questions"]["overall"] == result["understanding before"]
+    sizes = [rows[name]["learning parameters"] for name in ("sequential", "queries", "unfrozen", "joint")]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
 
 
 def test_a_drawer_draws_what_the_assembled_checkpoint_draws(run):
@@ -186,14 +180,14 @@ def test_a_drawer_draws_what_the_assembled_checkpoint_draws(run):
 
 def test_a_row_that_does_not_exist_is_refused():
     with pytest.raises(BadInputError, match='no row "nonsense".*clip-mse, clip-flow'):
-        check_rows(comparison_rows(), ["clip-flow", "nonsense"])
-    assert list(check_rows(comparison_rows(), None)) == list(comparison_rows())
+        check_rows(comparison_rows("designs"), ["clip-flow", "nonsense"])
+    assert list(check_rows(comparison_rows("joint"), None)) == ["sequential", "queries", "joint", "unfrozen"]
 
 
-def toy_rows():
+def toy_rows(table="designs"):
     return {
         name: {**row, **{key: toy("generation")[key] for key in ("data", "network", "loop")}}
-        for name, row in comparison_rows().items()
+        for name, row in comparison_rows(table).items()
     }
 
 
