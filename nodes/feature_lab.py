@@ -18,6 +18,7 @@ from ..blip3o_core.images import to_pil
 from ..blip3o_core.sampling import to_grid
 from . import host
 from .sockets import ImageEncoderHandle, ImageEncoderType, feature_grid, features_latent
+from .widgets import parse_weights
 
 CATEGORY = "BLIP3-o/feature lab"
 FILE_SUFFIX = ".features.safetensors"
@@ -40,24 +41,13 @@ def encode_images(handle: ImageEncoderHandle, images: Tensor) -> Tensor:
     return host.to_intermediate(to_grid(tokens, (side, side)))
 
 
-def parse_weights(text: str, count: int) -> list[float]:
-    """Weights of `count` things from "1, 0.5": as many numbers as things, or nothing for equal weights.
+def parse_shares(text: str, count: int) -> list[float]:
+    """Weights of `count` inputs, made to sum to 1.
 
     Raises:
-        BadInputError: not numbers, another count, or a sum of zero.
+        BadInputError: see parse_weights, or a sum of zero.
     """
-    if not text.strip():
-        return [1.0 / count] * count
-    try:
-        weights = [float(part) for part in text.replace(";", ",").split(",") if part.strip()]
-    except ValueError:
-        raise BadInputError(
-            f'The weights "{text}" are not numbers.\nWrite one number for each input, with commas: 1, 0.5'
-        ) from None
-    if len(weights) != count:
-        raise BadInputError(
-            f"There are {len(weights)} weights for {count} inputs.\nWrite one number for each connected input, or none at all."
-        )
+    weights = parse_weights(text, count, "input")
     total = sum(weights)
     if abs(total) < 1e-6:
         raise BadInputError(f'The weights "{text}" add up to zero.\nUse numbers whose sum is not zero.')
@@ -190,7 +180,7 @@ class BlendFeatures(io.ComfyNode):
         grids = [feature_grid(latent) for latent in features.values() if latent is not None]
         for grid in grids[1:]:
             same_shape(grids[0], grid)
-        return io.NodeOutput(features_latent(blend(grids, parse_weights(weights, len(grids)), mode)))
+        return io.NodeOutput(features_latent(blend(grids, parse_shares(weights, len(grids)), mode)))
 
 
 class ComposeFeatures(io.ComfyNode):

@@ -18,6 +18,7 @@ from . import host
 from .lora import NO_LORA, find_lora
 from .sockets import LoraModel
 from .training_folders import check_name, publish_lora
+from .widgets import parse_weights
 
 if TYPE_CHECKING:
     from ..lora_training.convert import Weights
@@ -97,7 +98,7 @@ def merge_loras(
     """One LoRA of several.
 
     Args:
-        weights: as for parse_weights.
+        weights: as for widgets.parse_weights.
         rank: for svd; 0 = as the largest of them.
         checkpoint: the model they were trained on; read only for a DoRA.
 
@@ -110,7 +111,7 @@ def merge_loras(
     files = [as_lora_file(lora) for lora in loras]
     ranks = [change.rank for file in files for change in file.changes.values() if change.rank]
     merged = merge(
-        list(zip(files, parse_weights(weights, len(files)), strict=True)),
+        list(zip(files, parse_weights(weights, len(files), "LoRA"), strict=True)),
         mode=method,
         rank=(rank or max(ranks, default=1)) if method == "svd" else None,
         base=_base(checkpoint),
@@ -122,24 +123,3 @@ def _base(checkpoint: str) -> Weights:
     from ..lora_training.convert import base_weights
 
     return base_weights(open_checkpoint(host.find_checkpoint(checkpoint)))
-
-
-def parse_weights(text: str, count: int) -> list[float]:
-    """One number for each of `count` LoRAs from "1, 0.5", or 1 for each.
-
-    Raises:
-        BadInputError: not numbers, or another count.
-    """
-    if not text.strip():
-        return [1.0] * count
-    try:
-        weights = [float(part) for part in text.replace(";", ",").split(",") if part.strip()]
-    except ValueError:
-        raise BadInputError(
-            f'The weights "{text}" are not numbers.\nWrite one number for each LoRA, with commas: 1, 0.5'
-        ) from None
-    if len(weights) != count:
-        raise BadInputError(
-            f"There are {len(weights)} weights for {count} LoRAs.\nWrite one number for each, or none at all."
-        )
-    return weights
