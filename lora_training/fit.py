@@ -256,7 +256,7 @@ class _Fit:
             if is_stopped:
                 self._save()
                 raise Interrupted(
-                    f"Stopped after step {self.step} of {self.total}, as asked; the LoRA of that step is saved.\n"
+                    f"Stopped after step {self.step} of {self.total}, as asked; what it has learned is saved.\n"
                     "Run the same command again to go on."
                 )
             is_due = time.monotonic() - self.saved_at >= self.config.save.every_seconds

@@ -53,7 +53,7 @@ def test_a_child_asked_to_stop_leaves_a_usable_lora(model: Path, tmp_path: Path)
         for event in process.events():
             if event["event"] == "step":
                 process.stop()
-        with pytest.raises(Interrupted, match="the LoRA of that step is saved"):
+        with pytest.raises(Interrupted, match="what it has learned is saved"):
             process.result()
     assert process.wait() == 3
     usable = config.folder / "final" / "it_interrupted.safetensors"
