@@ -285,8 +285,8 @@ def test_the_average_follows_its_formula(tmp_path: Path) -> None:
         weights.append(adapter.weights())
         return validation(step)
 
-    run_fit(tmp_path / "raw", validate=look, train__ema=0, validate__every=1)
-    result = run_fit(tmp_path / "averaged", train__ema=0.3)
+    run_fit(tmp_path / "raw", validate=look, train__ema=0, validate__every=1, **FAST)
+    result = run_fit(tmp_path / "averaged", train__ema=0.3, **FAST)
     average = attach(build_dit(), AdapterConfig(rank=4, alpha=4.0)).weights()
     for step, now in enumerate(weights, start=1):
         decay = min(0.3, (1 + step) / (10 + step))
