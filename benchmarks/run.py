@@ -53,16 +53,20 @@ def main() -> None:
         for size in sizes_of(stage, sizes, arguments.device):
             print(f"{stage}, {size} ...", file=sys.stderr, flush=True)
             results.setdefault(stage, []).append(run_child(stage, size, sys.argv[1:], arguments.threads))
-            if arguments.name:  # at once: a run of hours may be cut off
-                write_results(results, arguments)
+        if arguments.name:  # at once: a long run may be cut off
+            write_results(results, arguments)
     print(report(results, arguments))
 
 
 def write_results(results: dict[str, list], arguments: argparse.Namespace) -> None:
+    """Write the tables; stages that were not run this time keep what an earlier run under this name found."""
     RESULTS.mkdir(exist_ok=True)
-    entry = {"machine": arguments.machine, "results": results}
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
-    (RESULTS / f"{arguments.name}.md").write_text(report(results, arguments), "utf-8")
+    path = RESULTS / f"{arguments.name}.json"
+    before = json.loads(path.read_text("utf-8"))["results"] if path.is_file() else {}
+    merged = {stage: found for stage in STAGES if (found := results.get(stage) or before.get(stage))}
+    entry = {"machine": arguments.machine, "results": merged}
+    path.write_text(json.dumps(entry, indent=1) + "\n", "utf-8")
+    (RESULTS / f"{arguments.name}.md").write_text(report(merged, arguments), "utf-8")
 
 
 def sizes_of(stage: str, sizes: Sequence[str], device: str) -> Sequence[str]:

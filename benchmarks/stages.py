@@ -314,7 +314,7 @@ def _transformers_answer(networks: Networks, row: EncodedRow) -> Callable[[], li
 LOAD_CHILD = """
 import json, resource, sys, time
 sys.path.insert(0, {folder!r})
-import common, torch
+import accelerate, common, torch
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 import comfyui_blip3o.blip3o_core.models.backbone, comfyui_blip3o.blip3o_core.models.decoder
@@ -323,7 +323,7 @@ pipeline = load_pipeline({checkpoint!r}, device={device!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
 if {is_plain!r}:
-    # As most programs do: read files whole, build the networks with initial weights, copy, convert.
+    # A whole copy in the files' dtype and one in the run's, which programs often make on the way.
     states = [load_file(path) for path in {paths!r}]
     states = [{{key: value.to(pipeline.device, pipeline.dtype) for key, value in state.items()}} for state in states]
 pipeline.load()
@@ -339,25 +339,28 @@ def load_stage(checkpoint: Path, size: str, device: torch.device, rounds: int) -
     used = sum(files.component_bytes[name] for name in ("backbone", "dit", "decoder"))
     paths = [str(path) for path in sorted(checkpoint.rglob("*.safetensors"))]
     disk = _disk_speed(Path(paths[0]))
+    found: dict[bool, list[list[float]]] = {True: [], False: []}
+    for _ in range(rounds):
+        for is_plain, measured in found.items():
+            code = LOAD_CHILD.format(
+                folder=str(Path(__file__).parent),
+                checkpoint=str(checkpoint),
+                device=str(device),
+                is_plain=is_plain,
+                paths=paths,
+            )
+            measured.append(json.loads(_python(code)[1].splitlines()[-1]))
     rows = []
-    for name, is_plain in (("every file read and converted first (plain)", True), ("ours", False)):
-        code = LOAD_CHILD.format(
-            folder=str(Path(__file__).parent),
-            checkpoint=str(checkpoint),
-            device=str(device),
-            is_plain=is_plain,
-            paths=paths,
-        )
-        found = [json.loads(_python(code)[1].splitlines()[-1]) for _ in range(rounds)]
-        seconds = statistics.median(each[0] for each in found)
-        host = statistics.median(each[1] for each in found) / 1e9
-        read = sum(Path(path).stat().st_size for path in paths) + used if is_plain else used
+    for is_plain, name in ((True, "with a whole copy and a converted one on the way (plain)"), (False, "ours")):
+        seconds, host = (statistics.median(values) for values in zip(*found[is_plain], strict=True))
+        pairs = zip(found[True], found[is_plain], strict=True)
+        read = sum(Path(path).stat().st_size for path in paths) if is_plain else used
         rows.append(
             Row(
                 *("load", size, name, seconds),
-                gain=rows[0].seconds / seconds if rows else 1.0,
+                gain=statistics.median(plain[0] / ours[0] for plain, ours in pairs),
                 limit_seconds=used / disk,
-                peak_host_gb=host,
+                peak_host_gb=host / 1e9,
                 read_gb=read / 1e9,
                 note="peak host: growth of the process",
             )
