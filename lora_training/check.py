@@ -22,7 +22,7 @@ from ..blip3o_core.prompts import IMAGE_PAD, TRAINED_PROMPT_TOKENS, TextTokenize
 from .config import LoraConfig
 from .crops import open_mask, share_cut_away
 from .dataset import LOOK_SIZE, TRIGGER_PLACE, Dataset, Item, Problem, names_trigger, scan_run
-from .plan import PhaseMemory, dit_without_weights, free_memory, learning_parameters, plan_memory
+from .plan import PhaseMemory, dit_without_weights, free_memory, learning_parameters, plan_phases
 
 GIB = 2**30
 # Smaller pictures hold nothing to learn from.
@@ -393,7 +393,7 @@ def _check_memory(
     free = free_memory(device)
     try:
         # On the CPU the fit does not cut its calls: main memory is not as hard a limit.
-        plan = plan_memory(config, files, encoder, device, free if device.type == "cuda" else None)
+        plan = plan_phases(config, files, encoder, device, free if device.type == "cuda" else None)
     except Blip3oError as error:
         problems.append(Problem("error", "model", str(error)))
         return (), free

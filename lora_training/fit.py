@@ -29,7 +29,7 @@ from ..blip3o_core.prompts import TextTokenizer
 from ..blip3o_core.sampling import FeatureSettings, sample_features, to_grid, to_tokens
 from .adapters import Adapter, attach
 from .config import LoraConfig
-from .memory import GIB, plan_memory
+from .memory import GIB, plan_step
 from .objective import (
     Lesson,
     Row,
@@ -224,7 +224,7 @@ class _Fit:
         self.known: dict[str, tuple[Tensor, Tensor]] = {}
         self.saved_at = time.monotonic()
         train = config.train
-        plan = plan_memory(
+        plan = plan_step(
             dit,
             sum(parameter.numel() for parameter in self.parameters),
             math.ceil(self.batch / self.processes.count) * (2 if config.uses_preservation else 1),

@@ -60,7 +60,7 @@ def needed_bytes(
     return weights + learning * (LEARNING_BYTES + 4 * ema) + micro_batch * per_sample + _overhead(dit)
 
 
-def plan_memory(
+def plan_step(
     dit: NextDiT,
     learning: int,
     batch: int,

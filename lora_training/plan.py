@@ -35,7 +35,7 @@ class PhaseMemory:
     what: str
 
 
-def plan_memory(
+def plan_phases(
     config: LoraConfig,
     files: CheckpointFiles,
     encoder: EvaClipConfig,
@@ -45,7 +45,7 @@ def plan_memory(
     """Estimated peaks of the phases, from the sizes of the weight files.
 
     Args:
-        free: bytes into which the fit is planned, see memory.plan_memory; None = with its whole batch in one call.
+        free: bytes into which the fit is planned, see memory.plan_step; None = with its whole batch in one call.
     """
     dtype = pick_dtype("auto", device, sum(files.component_bytes.values()))
     name = config.model.base_dtype
@@ -85,7 +85,7 @@ def _plan_fit(
     if config.needs_backbone:
         other += int(max(base_bytes, BASE_BYTES["bf16"]) * parameters_of(files, "backbone"))
     train = config.train
-    plan = memory.plan_memory(
+    plan = memory.plan_step(
         dit,
         learning_parameters(config, dit),
         config.batch,

@@ -8,7 +8,7 @@ import torch
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL, EvaClipConfig, NextDiTConfig
 from comfyui_blip3o.lora_training import plan as module
-from comfyui_blip3o.lora_training.plan import plan_memory
+from comfyui_blip3o.lora_training.plan import plan_phases
 from training_sets import config_of
 
 GIB = 2**30
@@ -26,7 +26,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]
 
     def plan(*overrides: str, free: int | None = None) -> dict[str, float]:
         config = config_of(Path("x"), "model.base_dtype=bf16", "adapter.rank=16", "train.ema=0", *overrides)
-        phases = plan_memory(config, files, EvaClipConfig(), torch.device("cuda"), free or 10**12)
+        phases = plan_phases(config, files, EvaClipConfig(), torch.device("cuda"), free or 10**12)
         return {each.phase: each.bytes / 2**20 for each in phases}
 
     return plan

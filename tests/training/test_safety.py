@@ -16,7 +16,7 @@ from comfyui_blip3o.lora_training import state as state_module
 from comfyui_blip3o.lora_training.adapters import Adapter, attach
 from comfyui_blip3o.lora_training.config import AdapterConfig
 from comfyui_blip3o.lora_training.fit import fit, load_result
-from comfyui_blip3o.lora_training.memory import GIB, needed_bytes, plan_memory
+from comfyui_blip3o.lora_training.memory import GIB, needed_bytes, plan_step
 from comfyui_blip3o.lora_training.records import Diverged, Interrupted, OutOfMemory
 from comfyui_blip3o.lora_training.state import NoSpace, newest_state
 from safetensors.torch import load_file
@@ -258,12 +258,12 @@ def test_the_memory_plan_takes_the_largest_micro_batch_that_fits() -> None:
     def needs(size: int, is_checkpointed: bool) -> int:
         return needed_bytes(dit, 1000, size, features=64, grad_checkpoint=is_checkpointed, ema=True)
 
-    assert plan_memory(dit, 1000, 8, **given).micro_batch == 8
-    assert plan_memory(dit, 1000, 8, free=needs(4, False), **given).micro_batch == 4
-    tight = plan_memory(dit, 1000, 8, free=needs(1, False) - 1, **given)
+    assert plan_step(dit, 1000, 8, **given).micro_batch == 8
+    assert plan_step(dit, 1000, 8, free=needs(4, False), **given).micro_batch == 4
+    tight = plan_step(dit, 1000, 8, free=needs(1, False) - 1, **given)
     assert tight.grad_checkpoint and tight.needed <= needs(1, False)
     assert "GiB of" in tight.text() and "gradient checkpointing" in tight.text()
-    chosen = plan_memory(dit, 1000, 8, free=needs(1, False), micro_batch=6, grad_checkpoint=False, **given)
+    chosen = plan_step(dit, 1000, 8, free=needs(1, False), micro_batch=6, grad_checkpoint=False, **given)
     assert (chosen.micro_batch, chosen.grad_checkpoint) == (6, False)
 
 
