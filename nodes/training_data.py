@@ -265,7 +265,9 @@ def ceiling_and_trigger(
     )
     names = tuple(item.name for item in items)
     ceiling = Ceiling(names, originals, tuple(painted), tuple(cosines))
-    return ceiling.sheet(columns=2), f"{ceiling.text()}\n{trigger_report(dataset.config, backbone, report.dataset)}"
+    return ceiling.sheet(
+        columns=2
+    ), f"{ceiling.text()}\n{trigger_report(dataset.config, backbone, report.dataset)}"
 
 
 def trigger_report(config: DataConfig, backbone: BackboneHandle, dataset: Dataset) -> str:
