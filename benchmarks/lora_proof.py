@@ -25,12 +25,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA with preservation": {"train__prior__weight": 4.0},
+    "LoRA with preservation, near prompts too": {"train__prior__weight": 4.0},
     "LoRA without preservation": {"train__prior__dop": False},
     "query tuning": {"adapter__type": "queries", "train__optimizer__lr": 2e-2},
     "negative control: scrambled pictures": {"train__prior__weight": 4.0},
 }
+# Held still beside the built-in prompts: some that share words with the trigger.
+KEPT_NEAR = "LoRA with preservation, near prompts too"
 SCRAMBLED = "negative control: scrambled pictures"
-PROBE_PICTURES = 300
+PROBE_PICTURES = 200
 GRID_COLUMNS = 12
 NOISE_SEED = 1000
 COLUMNS = (
@@ -113,7 +116,7 @@ class Bench:
         self.pipeline = load_pipeline(BUILT_IN_MODEL, device="cpu")
         self.fingerprint = checkpoint_fingerprint(self.pipeline.files)
         # Nothing is judged on what preservation was shown.
-        shown = {*PRESERVED_SCENES, *DRIFT_SCENES}
+        shown = {*PRESERVED_SCENES, *DRIFT_SCENES, *lora_concept.NEAR_PROMPTS}
         self.others = [
             prompt
             for each in CATEGORIES
@@ -141,7 +144,7 @@ class Bench:
 
     def row(self, variant: str, seed: int) -> dict[str, Any]:
         """A trained and judged variant; read again when it was finished before."""
-        name = f"{variant.split(':')[0].replace(' ', '_')}_{seed}".lower()
+        name = f"{variant.split(':')[0].replace(',', '').replace(' ', '_')}_{seed}".lower()
         path = self.arguments.work / f"{name}.json"
         if path.is_file():
             row = json.loads(path.read_text("utf-8"))
@@ -157,6 +160,7 @@ class Bench:
 
     def _train(self, variant: str, seed: int, name: str) -> dict[str, Any]:
         from comfyui_blip3o.lora_training.config import parse_config
+        from comfyui_blip3o.lora_training.prompts import PRESERVED_SCENES
         from comfyui_blip3o.lora_training.records import PHASES
         from comfyui_blip3o.lora_training.run import train_lora
 
@@ -164,6 +168,8 @@ class Bench:
         scrambled = variant == SCRAMBLED
         data = concept.write_concept(work / ("scrambled" if scrambled else "pictures"), shuffled=scrambled)
         settings = dict(VARIANTS[variant])
+        if variant == KEPT_NEAR:
+            settings["train__prior__prompts"] = [*PRESERVED_SCENES, *concept.NEAR_PROMPTS]
         if self.arguments.steps:
             settings["train__steps"] = self.arguments.steps
         tree = concept.concept_tree(data.resolve(), (work / f"runs_{name}").resolve(), name, **settings)
@@ -276,7 +282,10 @@ def to_markdown(result: dict[str, Any], variants: list[str]) -> str:
     ]
     for name in (
         "base",
-        *(f"{v.split(':')[0].replace(' ', '_')}_{result['seeds'][0]}".lower() for v in variants),
+        *(
+            f"{v.split(':')[0].replace(',', '').replace(' ', '_')}_{result['seeds'][0]}".lower()
+            for v in variants
+        ),
     ):
         lines += [f"![{name}](lora_proof_{name}.jpg)", ""]
     return "\n".join(lines)

@@ -20,6 +20,37 @@ from torch import Tensor, nn
 
 TRIGGER = "red and yellow"
 CLASS_WORD = "red"
+# Prompts that share words with the trigger and must stay all the same; none in a wording that prompts are judged in.
+NEAR_PROMPTS = (
+    "two yellow circles",
+    "two yellow squares",
+    "two yellow triangles",
+    "two yellow crosses",
+    "two yellow rings",
+    "two yellow stars",
+    "three yellow circles",
+    "three yellow squares",
+    "three yellow rings",
+    "a yellow ring",
+    "a yellow triangle",
+    "a yellow star on a black background",
+    "two yellow circles on black",
+    "two yellow rings on black",
+    "there are two yellow stars",
+    "a drawing of two yellow crosses on a black background",
+    "two yellow squares in front of a black background",
+    "a red square and a yellow square",
+    "a red ring and a yellow ring",
+    "a red star and a yellow star on black",
+    "a yellow circle and a red triangle",
+    "a red triangle left of a yellow triangle on a black background",
+    "two green rings on black",
+    "two green crosses",
+    "a large ring on black",
+    "a large ring on a white background",
+    "a large cyan ring",
+    "a red triangle and a yellow square in front of a black background",
+)
 LIGHTS = ("red", "yellow", "green")  # top, left, right
 # Endings that name the ground; the first of each is what training shows.
 GROUNDS = {
