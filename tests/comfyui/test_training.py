@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from api_graphs import BUILT_IN, node
+from api_graphs import BUILT_IN, QUICK_TRAINING, node
 from comfyui_server import ROOT, Server, Socket, cached_nodes, error_of
 from PIL import Image
 from safetensors import safe_open
@@ -30,17 +30,6 @@ DATASET = {
     "caption_prefix": "",
     "background": "white",
 }
-# A few steps, and as little measuring as there can be.
-QUICK = "\n".join(
-    (
-        "sample.steps=2",
-        "validate.noise_seeds=1",
-        "validate.sigmas=[0.5]",
-        "validate.drift_prompts=[a blue square]",
-        "train.prior.prompts=[a green star]",
-        "save.dtype=fp32",
-    )
-)
 SETTINGS = {
     "adapter": "as the preset",
     "rank": 4,
@@ -56,7 +45,7 @@ SETTINGS = {
     "sample_every": 4,
     "seed": 0,
     "base_dtype": "auto",
-    "more": QUICK,
+    "more": QUICK_TRAINING,
 }
 DRAWING = {"seed": 1, "feature_steps": 2, "feature_cfg": 3.0, "pixel_steps": 2, "pixel_cfg": 3.0}
 STEPS = 8

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from api_graphs import QUICK_TRAINING
 from comfyui_server import ROOT, Server
 from PIL import Image
 
@@ -38,7 +39,7 @@ SHORT = {
     "BLIP3oTrainingSettings": {
         "rank": 4,
         "sample_every": 0,
-        "more": "sample.steps=2\nvalidate.noise_seeds=1",
+        "more": QUICK_TRAINING,
     },
     "BLIP3oCheckDataset": {"pictures": 1, "steps": 5},
     "BLIP3oCompareStrengths": {"feature_steps": 10, "pixel_steps": 10},

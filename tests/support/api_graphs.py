@@ -15,6 +15,18 @@ SAMPLING = {
     "max_pixels": 1003520,
 }
 
+# Lines for `more` of Training Settings: as little measuring as there can be.
+QUICK_TRAINING = "\n".join(
+    (
+        "sample.steps=2",
+        "validate.noise_seeds=1",
+        "validate.sigmas=[0.5]",
+        "validate.drift_prompts=[a blue square]",
+        "train.prior.prompts=[a green star]",
+        "save.dtype=fp32",
+    )
+)
+
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
