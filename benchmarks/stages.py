@@ -351,7 +351,10 @@ def load_stage(checkpoint: Path, size: str, device: torch.device, rounds: int) -
             )
             measured.append(json.loads(_python(code)[1].splitlines()[-1]))
     rows = []
-    for is_plain, name in ((True, "with a whole copy and a converted one on the way (plain)"), (False, "ours")):
+    for is_plain, name in (
+        (True, "with a whole copy and a converted one on the way (plain)"),
+        (False, "ours"),
+    ):
         seconds, host = (statistics.median(values) for values in zip(*found[is_plain], strict=True))
         pairs = zip(found[True], found[is_plain], strict=True)
         read = sum(Path(path).stat().st_size for path in paths) if is_plain else used

@@ -77,7 +77,7 @@ def test_bytes_are_those_of_the_quantized_network(weight_format: str) -> None:
         ("12GB", "draw", "--offload --stream"),
         ("8GB", "draw", "--offload --stream"),
         ("24GB", "answer", ""),
-        ("12GB", "answer", "--quantize fp8"),
+        ("12GB", "answer", "--quantize int8"),
         ("8GB", "answer", "--quantize nf4"),
         ("24GB", "vary", ""),
         ("12GB", "vary", "--offload"),
