@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="of each training (default: 120)")
     parser.add_argument("--prompts", type=int, default=12, help="other prompts per category (default: 12)")
     parser.add_argument("--preset", default="fast", help="for drawing the judged pictures (default: fast)")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="default: 1, the fastest for so small a model")
     parser.add_argument("--work", type=Path, default=Path("lora-proof"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--note", default="", help="put under the table, e.g. what else the machine did")
