@@ -168,7 +168,8 @@ def is_finished(folder: Path, lora: Path) -> bool:
     if not lora.is_file():
         return False
     events = (folder / EVENTS_NAME).read_text("utf-8", "replace").splitlines()
-    return bool(events) and json.loads(events[-1]).get("event") == "done"
+    # Looked for as text: a killed run may leave half a line.
+    return bool(events) and '"event": "done"' in events[-1]
 
 
 def _run(config: LoraConfig, watcher: TrainingWatcher, seconds: float | None) -> Outcome:
