@@ -24,7 +24,6 @@ from common import Row, measure_limits, to_markdown
 
 STAGES = ("load", "encode", "sample", "sample_batch", "decode", "ask", "start", "quality", "formats")
 RESULTS = Path(__file__).parent / "results"
-TITLES = {"quality": "Quality of faster settings", "formats": "Weight formats"}
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..blip3o_core.errors import BadInputError, WrongAdapterError
+from ..blip3o_core.lora_changes import QUERIES
 from ..blip3o_core.models.backbone import Backbone
 from ..blip3o_core.models.nextdit import NextDiT
 from ..blip3o_core.prompts import TextTokenizer
@@ -34,7 +35,6 @@ TARGETS = {
 EXPECTED = {"attn": (7, 0), "attn_ffn": (10, 0), "attn_ffn_proj": (10, 2), "cross": (4, 0)}
 BACKBONE_TARGETS = r"text\.layers\.\d+\.self_attn\.[qkvo]_proj"
 DIT, BACKBONE = "diffusion_model.", "backbone."
-QUERIES = "latent_queries"
 NAME = "default"
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 

@@ -41,7 +41,6 @@ from .files import save_lora
 
 FORMATS = ("comfy", "peft", "kohya", "diffusers")
 KOHYA_SUFFIX = {**CANONICAL_SUFFIX, "lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight"}
-PEFT_TENSORS = ("lora_A", "lora_B", "magnitude")
 LOKR_FACTORS = (-1, *range(1, 257))
 
 Weights = Mapping[str, Mapping[str, Tensor]]

@@ -19,6 +19,7 @@ from ..blip3o_core.noise import seeded_noise
 from ..blip3o_core.sampling import FeatureSettings, sample_features, to_grid, to_tokens
 from .adapters import Adapter
 from .config import LoraConfig
+from .dataset import fill_in
 from .objective import draw_noise, feature_side, velocity_loss
 from .prompts import drift_prompts, preservation_prompts
 from .records import Sample, TrainingData, Validation
@@ -40,9 +41,7 @@ def sample_prompts(config: LoraConfig) -> tuple[str, ...]:
     for prompt in config.sample.prompts:
         if any(place in prompt and not word for place, word in words.items()):
             continue
-        for place, word in words.items():
-            prompt = prompt.replace(place, word)
-        found.append(prompt)
+        found.append(fill_in(prompt, config.data))
     return tuple(dict.fromkeys(found))
 
 

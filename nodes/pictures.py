@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..blip3o_core.images import fit_size
 
 BACKGROUND, CARD, TEXT, FAINT = "#1d2433", "#2a3347", "#e8ecf4", "#9aa6bd"
-RED, YELLOW, GREEN = "#e5484d", "#f2b705", "#46a758"
+RED, YELLOW = "#e5484d", "#f2b705"
 GAP = 8
 THUMBNAIL = 160
 COLUMNS = 6

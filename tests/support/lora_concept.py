@@ -7,7 +7,7 @@ decoder of the built-in model cannot show an outline that they never saw, whatev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +112,17 @@ def write_concept(folder: Path, number: int = 12, seed: int = 0, *, shuffled: bo
     return folder
 
 
+def with_settings(tree: dict, settings: Mapping[str, object]) -> dict:
+    """The tree with settings put in: "section__key" for section.key."""
+    for name, value in settings.items():
+        *sections, key = name.split("__")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[key] = value
+    return tree
+
+
 def concept_tree(data: Path, runs: Path, name: str = "lights", **settings: object) -> dict:
     """Plain values of a configuration for the concept, with the learning rate that so small a model needs.
 
@@ -124,13 +135,7 @@ def concept_tree(data: Path, runs: Path, name: str = "lights", **settings: objec
         "train": {"optimizer": {"lr": 1e-3}},
         "sample": {"prompts": ["three {trigger} circles", "three {class} circles"], "every": 0},
     }
-    for name, value in settings.items():
-        *sections, key = name.split("__")
-        branch = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[key] = value
-    return tree
+    return with_settings(tree, settings)
 
 
 def trigger_prompts(words: str = TRIGGER) -> list[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import tiny_models
 import yaml
+from lora_concept import with_settings
 
 CAPTIONS = ("a big blue [trigger] square", "a [trigger] cat", "two dogs in the [trigger] grass")
 TRIGGER, CLASS_WORD = "red cute", "small"
@@ -45,13 +46,7 @@ def run_tree(root: Path, model: Path, **settings: Any) -> dict[str, Any]:
         "sample": {"prompts": ["a {trigger} cat"], "every": 0, "steps": 2},
         "save": {"dtype": "fp32"},
     }
-    for name, value in settings.items():
-        *sections, key = name.split("__")
-        branch = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[key] = value
-    return tree
+    return with_settings(tree, settings)
 
 
 def write_run(root: Path, model: Path, **settings: Any) -> Path:

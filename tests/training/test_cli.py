@@ -12,7 +12,9 @@ import tiny_models
 import yaml
 from comfyui_blip3o.cli import main
 from comfyui_blip3o.lora_training import cli as lora_cli
+from comfyui_blip3o.lora_training.captioning import MODES
 from comfyui_blip3o.lora_training.config import read_config
+from comfyui_blip3o.lora_training.convert import FORMATS
 from comfyui_blip3o.lora_training.records import EVENTS
 from lora_runs import write_run
 from PIL import Image
@@ -238,3 +240,8 @@ RUN_CLI = (
     "from comfyui_blip3o.cli import main\n"
     "sys.exit(main(sys.argv[1:]))\n"
 )
+
+
+def test_the_choices_that_are_known_without_importing_torch_are_all_there_are():
+    assert set(lora_cli.MODES) == set(MODES)
+    assert set(lora_cli.FORMATS) == set(FORMATS)
