@@ -91,7 +91,9 @@ def run_child(stage: str, size: str, options: list[str], threads: int) -> dict:
 
 def run_stage(stage: str, size: str, arguments: argparse.Namespace) -> dict:
     """Rows of a stage, or the tables of one that compares qualities."""
+    import answers
     import stages
+    from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
     from networks import Networks
 
     device = torch.device(arguments.device)
@@ -108,7 +110,9 @@ def run_stage(stage: str, size: str, arguments: argparse.Namespace) -> dict:
     if stage == "start":
         rows = [row for preset in ("standard", "fast") for row in stages.start_stage(rounds, preset)]
     elif stage == "load":
-        rows = stages.load_stage(arguments.checkpoint or stages.BUILT_IN, size, device, rounds)
+        from loading import load_stage
+
+        rows = load_stage(arguments.checkpoint or BUILT_IN_MODEL, size, device, rounds)
     else:
         limits = measure_limits(device, dtype)
         rows = {
@@ -118,7 +122,7 @@ def run_stage(stage: str, size: str, arguments: argparse.Namespace) -> dict:
                 networks, limits, rounds, batch=16 if device.type == "cuda" else 4
             ),
             "decode": lambda: stages.decode_stage(networks, limits, rounds),
-            "ask": lambda: stages.ask_stage(networks, limits, rounds),
+            "ask": lambda: answers.ask_stage(networks, limits, rounds),
         }[stage]()
         return {"rows": [asdict(row) for row in rows], "limits": asdict(limits)}
     return {"rows": [asdict(row) for row in rows]}

@@ -1,4 +1,4 @@
-"""The stages: read a prompt, sample image features, decode them, answer, load, start from cold."""
+"""The stages: read a prompt, sample image features, decode them, load, start from cold."""
 
 from __future__ import annotations
 
@@ -10,25 +10,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from comfyui_blip3o.blip3o_core import prefixes, sampling
-from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.compiling import can_compile, compile_network
-from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.decoding import PixelSettings, decode_features
 from comfyui_blip3o.blip3o_core.flow import sigma_schedule, whole_timesteps
 from comfyui_blip3o.blip3o_core.models import linear
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
-from comfyui_blip3o.blip3o_core.prefixes import KeptChat
 from comfyui_blip3o.blip3o_core.presets import PRESETS
-from comfyui_blip3o.blip3o_core.rows import EncodedRow, PixelLimits
 from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_tokens
-from comfyui_blip3o.blip3o_core.understanding import AnswerSettings, Turn, continue_rows, encode_chat
 from common import ROOT, Limits, Mode, Row, compare, count_flops, weight_bytes
 from networks import QUERIES, Networks
-from PIL import Image
 from torch import Tensor
 
 PROMPTS = [
@@ -36,8 +29,6 @@ PROMPTS = [
     for colour in ("red", "green", "yellow", "purple")
     for kind in ("circle", "triangle")
 ]
-ANSWER_TOKENS = 32
-PICTURE_SIDE = {"tiny": 128, "middle": 448, "full": 896}
 
 
 def encode_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
@@ -217,166 +208,6 @@ def decode_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
     return compare("decode", networks.size, modes, device=device, rounds=rounds, limits=limits)
 
 
-def ask_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
-    """A question about a picture, 32 tokens of answer, against transformers' generate; and the chat's next turn."""
-    tokenizer, backbone, device = networks.tokenizer, networks.backbone, networks.device
-    tokenizer.__dict__["stop_tokens"] = frozenset()  # answers of one length in all modes
-    side = PICTURE_SIDE[networks.size]
-    picture = Image.effect_mandelbrot((side, side), (-3, -2.5, 2, 2.5), 100).convert("RGB")
-    area = PixelLimits(28 * 28, side * side)
-    first = Turn("user", "what is in this picture?", (picture,))
-    row = encode_chat(backbone, tokenizer, [first], area)
-    settings = AnswerSettings(max_new_tokens=ANSWER_TOKENS)
-
-    def answer(row: EncodedRow, kept: KeptChat | None = None) -> list[int]:
-        return continue_rows(backbone, tokenizer, [row], device=device, settings=settings, kept=kept)[0]
-
-    moved = ANSWER_TOKENS * weight_bytes(backbone.text)
-    modes = {
-        "transformers' generate (plain)": Mode(_transformers_answer(networks, row), 1, 0, moved),
-        "ours": Mode(lambda: answer(row), 1, 0, moved),
-    }
-    options: dict[str, Any] = {"device": device, "rounds": rounds, "limits": limits}
-    rows = compare("ask", networks.size, modes, **options)
-    said = tokenizer.decode(answer(row))
-    turns = [first, Turn("assistant", said), Turn("user", "what colour is it?")]
-    second = encode_chat(backbone, tokenizer, turns, area)
-
-    def next_turn() -> list[int]:
-        kept = KeptChat()
-        kept.keep(backbone, *known)
-        return answer(second, kept)
-
-    class Recorder(KeptChat):
-        def keep(self, backbone: Any, row: EncodedRow, cache: Any) -> None:
-            known[:] = [row, cache]
-
-    known: list[Any] = []
-    answer(row, Recorder())
-    modes = {
-        "everything anew (plain)": Mode(lambda: answer(second), 1, 0, moved),
-        "first turn kept": Mode(next_turn, 1, 0, moved, "the picture is not looked at again"),
-    }
-    return rows + compare("chat turn 2", networks.size, modes, **options)
-
-
-def _transformers_answer(networks: Networks, row: EncodedRow) -> Callable[[], list[int]]:
-    """transformers' own model around the same weights."""
-    import inspect
-
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    backbone, tokenizer, device = networks.backbone, networks.tokenizer, networks.device
-    text, vision = backbone.text.config, backbone.visual.config
-    shared = {
-        key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")
-    }
-    config = Qwen2_5_VLConfig(
-        **shared | {"vision_config": vision.to_dict()},
-        image_token_id=tokenizer.image_pad,
-        vision_start_token_id=tokenizer.token_id("<|vision_start|>"),
-        video_token_id=text.vocab_size + 1,
-    )
-    with device:
-        model = Qwen2_5_VLForConditionalGeneration(config).to(networks.dtype).eval()
-    names = {key: key for key in model.state_dict()}
-    weights = {}
-    for key, tensor in backbone.state_dict().items():
-        candidates = (
-            key.replace("text.", "model.language_model.", 1),
-            key.replace("text.", "model.", 1),
-            f"model.{key}",
-            key,
-        )
-        found = next((name for name in candidates if name in names), None)
-        if found:
-            weights[found] = tensor
-    model.load_state_dict(weights, strict=True, assign=True)
-    ids = torch.tensor([row.token_ids], device=device)
-    inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-        inputs["mm_token_type_ids"] = (ids == tokenizer.image_pad).int()
-    inputs["pixel_values"] = torch.cat(row.patches).to(device, networks.dtype)
-    inputs["image_grid_thw"] = torch.tensor(row.grids, device=device)
-
-    def run() -> list[int]:
-        answer = model.generate(
-            **inputs,
-            **{"max_new_tokens": ANSWER_TOKENS, "min_new_tokens": ANSWER_TOKENS, "do_sample": False},
-            eos_token_id=None,
-            pad_token_id=tokenizer.pad,
-        )
-        return answer[0, ids.shape[1] :].tolist()
-
-    return run
-
-
-LOAD_CHILD = """
-import json, resource, sys, time
-sys.path.insert(0, {folder!r})
-import accelerate, common, torch
-from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
-from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
-import comfyui_blip3o.blip3o_core.models.backbone, comfyui_blip3o.blip3o_core.models.decoder
-from safetensors.torch import load_file
-pipeline = load_pipeline({checkpoint!r}, device={device!r})
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
-if {is_plain!r}:
-    # A whole copy in the files' dtype and one in the run's, which programs often make on the way.
-    states = [load_file(path) for path in {paths!r}]
-    states = [{{key: value.to(pipeline.device, pipeline.dtype) for key, value in state.items()}} for state in states]
-pipeline.load()
-if pipeline.device.type == "cuda":
-    torch.cuda.synchronize()
-print(json.dumps([time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024]))
-"""
-
-
-def load_stage(checkpoint: Path, size: str, device: torch.device, rounds: int) -> list[Row]:
-    """Weights from files that the system has in its cache, in a new process each time."""
-    files = open_checkpoint(checkpoint)
-    used = sum(files.component_bytes[name] for name in ("backbone", "dit", "decoder"))
-    paths = [str(path) for path in sorted(checkpoint.rglob("*.safetensors"))]
-    disk = _disk_speed(Path(paths[0]))
-    found: dict[bool, list[list[float]]] = {True: [], False: []}
-    for _ in range(rounds):
-        for is_plain, measured in found.items():
-            code = LOAD_CHILD.format(
-                folder=str(Path(__file__).parent),
-                checkpoint=str(checkpoint),
-                device=str(device),
-                is_plain=is_plain,
-                paths=paths,
-            )
-            measured.append(json.loads(_python(code)[1].splitlines()[-1]))
-    rows = []
-    for is_plain, name in (
-        (True, "with a whole copy and a converted one on the way (plain)"),
-        (False, "ours"),
-    ):
-        seconds, host = (statistics.median(values) for values in zip(*found[is_plain], strict=True))
-        pairs = zip(found[True], found[is_plain], strict=True)
-        read = sum(Path(path).stat().st_size for path in paths) if is_plain else used
-        rows.append(
-            Row(
-                *("load", size, name, seconds),
-                gain=statistics.median(plain[0] / ours[0] for plain, ours in pairs),
-                limit_seconds=used / disk,
-                peak_host_gb=host / 1e9,
-                read_gb=read / 1e9,
-                note="peak host: growth of the process",
-            )
-        )
-    return rows
-
-
-def _disk_speed(path: Path) -> float:
-    start = time.perf_counter()
-    size = len(path.read_bytes())
-    return size / (time.perf_counter() - start)
-
-
 START_CHILD = """
 import json, sys, time
 start = {start!r}
@@ -427,6 +258,3 @@ def _python(code: str) -> tuple[float, str]:
         text=True,
     )
     return start, done.stdout
-
-
-BUILT_IN = BUILT_IN_MODEL
