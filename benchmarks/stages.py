@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from comfyui_blip3o.blip3o_core import prefixes, sampling
-from comfyui_blip3o.blip3o_core.compiling import can_compile, compile_network
+from comfyui_blip3o.blip3o_core.compiling import StepRecorder, can_compile, compile_network, record_cuda_graph
 from comfyui_blip3o.blip3o_core.decoding import PixelSettings, decode_features
 from comfyui_blip3o.blip3o_core.flow import sigma_schedule, whole_timesteps
 from comfyui_blip3o.blip3o_core.models import linear
@@ -92,6 +92,13 @@ def sampling_stage(networks: Networks, limits: Limits, rounds: int, batch: int =
         finally:
             sampling.can_fuse, linear.can_pack = can_fuse, can_pack
 
+    def recorded(recorder: StepRecorder) -> Tensor:
+        dit.recorder = recorder
+        try:
+            return ours(is_prepared=True)
+        finally:
+            dit.recorder = None
+
     flops = count_flops(lambda: ours(is_prepared=False)) / batch
     moved = settings.steps * weight_bytes(dit) / batch
     once = {"work": batch, "flops": flops, "moved": moved}
@@ -110,13 +117,12 @@ def sampling_stage(networks: Networks, limits: Limits, rounds: int, batch: int =
             is_comparable=False,
         ),
     }
-    if device.type == "cuda" and can_compile(device):
-        compiled = Networks(networks.size, device, dtype)
-        compiled.dit.load_state_dict(dit.state_dict())
-        compile_network(compiled.dit, device)
-        modes["compiled, CUDA graph"] = Mode(
-            lambda: sample_features(compiled.dit, conditioning, noise=noise, settings=settings), **once
-        )
+    if device.type == "cuda":
+        for name, is_compiled in (("recorded as a graph", False), ("compiled and recorded", True)):
+            if is_compiled and not can_compile(device):
+                continue
+            recorder = StepRecorder(record_cuda_graph, is_compiled=is_compiled)
+            modes[f"prepared run, {name}"] = Mode(lambda recorder=recorder: recorded(recorder), **once)
     name = "DiT sampling" if batch == 1 else f"DiT sampling, batch {batch}"
     return compare(name, networks.size, modes, device=device, rounds=rounds, limits=limits)
 
@@ -197,10 +203,10 @@ def decode_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
             lambda: decode(fast, 4), 4, flops, fast.steps * unet_bytes / 4, note, is_comparable=False
         ),
     }
-    if device.type == "cuda" and can_compile(device):
+    if can_compile(device):
         compiled = Networks(networks.size, device, networks.dtype)
         compile_network(compiled.decoder.unet, device)
-        modes["fast preset, compiled, CUDA graph"] = Mode(
+        modes["fast preset, compiled"] = Mode(
             lambda: decode_features(compiled.decoder, features[:1], noise=noise[:1], settings=fast),
             *(1, flops, fast.steps * unet_bytes, note),
             is_comparable=False,

@@ -284,13 +284,10 @@ def _encoder_bytes(tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def _dit_bytes(tensors: Mapping[str, TensorInfo]) -> int:
-    # On a GPU, projections that read the same input are joined for the run: a copy of these weights.
-    joined = r"(attn1\.to_[qkv]|feed_forward\.linear_[13])\.weight$"
-    copies = sum(_count(info) * HALF for key, info in tensors.items() if re.search(joined, key))
     layers = sum(key.endswith(".gate") for key in tensors)
     width = tensors["layers.0.attn1.to_q.weight"].shape[0]
     # Of both guidance branches: keys and values of 64 tokens per layer, and some 20 tensors of one layer.
-    return copies + 2 * 64 * width * (2 * layers + 20) * HALF + 64 * 2**20
+    return 2 * 64 * width * (2 * layers + 20) * HALF + 64 * 2**20
 
 
 def _decoder_bytes(files: CheckpointFiles, way: Way) -> int:

@@ -18,7 +18,7 @@ from .checkpoints.keys import COMPONENTS
 from .checkpoints.layout import CheckpointFiles, open_checkpoint
 from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder
 from .checkpoints.safetensor_files import read_tensors
-from .compiling import compile_network
+from .compiling import compile_dit, compile_network
 from .decoding import PixelCallback, PixelSettings, decode_features, picture_size
 from .devices import pick_device, pick_dtype
 from .errors import BadInputError
@@ -702,8 +702,10 @@ class Blip3oPipeline:
                 quantize_network(network, weight_format, torch.device("cpu") if is_moved else self.device)
             if name in self._streamed:
                 stream_layers(network, self.device)
-            if self.compile and name in ("dit", "decoder"):
-                compile_network(network if name == "dit" else network.unet, self.device)
+            if self.compile and name == "dit":
+                compile_dit(network, self.device)
+            if self.compile and name == "decoder":
+                compile_network(network.unet, self.device)
         return self._components[name]
 
     @contextmanager
@@ -717,6 +719,8 @@ class Blip3oPipeline:
             yield component
         finally:
             component.to("cpu")
+            if name == "dit" and component.recorder is not None:
+                component.recorder.forget()
 
     def _question_row(
         self, question: str, images: Sequence[Image.Image], min_pixels: int | None, max_pixels: int | None

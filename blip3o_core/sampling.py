@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compiling import begin_step
 from .errors import BadInputError
 from .flow import mix, sigma_schedule, whole_timesteps
 from .models.fused_dit import FusedDiT, RunContext, can_fuse
@@ -155,10 +154,8 @@ class CachedDiT:
         self.encode_context = dit.encode_context
 
     def __call__(self, feature_grid: Tensor, index: int, context: DiTContext) -> Tensor:
-        begin_step(self.dit)
         timestep = self.timesteps[index].expand(feature_grid.shape[0])
-        # A recorded graph writes each result over the one before.
-        return self.dit(feature_grid, timestep, context=context).clone()
+        return self.dit(feature_grid, timestep, context=context)
 
 
 def to_tokens(grid: Tensor) -> Tensor:

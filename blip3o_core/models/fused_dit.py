@@ -9,9 +9,8 @@ Letters: B rows, R of them with a real prompt, N feature tokens, D model width, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +46,7 @@ PLAIN_LAYERS = (
 def can_fuse(dit: nn.Module) -> bool:
     """Whether a DiT consists of its own plain layers, all on one device, outside training.
 
-    A wrapped layer (an adapter, a host's or an accelerator's hooks) or a compiled network computes in a way of its own
-    and must be called.
+    A wrapped layer (an adapter, a host's or an accelerator's hooks) computes in a way of its own and must be called.
     """
     return (
         type(dit) is NextDiT
@@ -59,7 +57,6 @@ def can_fuse(dit: nn.Module) -> bool:
             and not module._forward_hooks
             and not module._forward_pre_hooks
             and "forward" not in vars(module)
-            and module._compiled_call_impl is None
             for module in dit.modules()
         )
     )
@@ -71,27 +68,95 @@ class RunContext:
 
     Attributes:
         pooled: projected mean of the conditioning, (B, time_dim).
-        keys, values: one (R, h, L, d) tensor per layer; the values carry the layer's gate.
-        constants: one (1, 1, h, d) tensor per layer, the gated attention of the B - R rows without a prompt; or None.
+        keys, values: of all layers, (layers, R, h, L, d); the values carry their layer's gate.
+        constants: gated attention of the B - R rows without a prompt, (layers, 1, 1, h, d), or None.
     """
 
     pooled: Tensor
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    constants: tuple[Tensor, ...] | None
+    keys: Tensor
+    values: Tensor
+    constants: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What FusedStep reads."""
+        return (self.keys, self.values) if self.constants is None else (self.keys, self.values, self.constants)
 
 
-class Modulation(NamedTuple):
-    """Factors of one layer at one noise level, each (B, 1, D), norm weights included."""
+class FusedStep:
+    """One call of the network as a function of tensors alone, which a graph can record. Reads the weights as they are now.
 
-    attention_in: Tensor
-    attention_out: Tensor
-    feed_forward_in: Tensor
-    feed_forward_out: Tensor
+    Args:
+        dit: a network for which can_fuse holds.
+        grid_size: rows and columns of the feature grid.
+        call_layer: how a layer is called, compiled or not.
+    """
+
+    def __init__(
+        self, dit: NextDiT, grid_size: Sequence[int], call_layer: Callable[..., Tensor] | None = None
+    ) -> None:
+        self.dit = dit
+        weight = dit.patch_embedder.proj.weight
+        self.rotary = rotary_table(*grid_size, dit.config.head_dim, weight.device)
+        rows = 2 * grid_size[0] * grid_size[1]
+        self.layers = [FusedLayer(layer, rows) for layer in dit.layers]
+        self.call_layer = call_layer or FusedLayer.__call__
+
+    def __call__(
+        self,
+        feature_grid: Tensor,
+        modulations: Tensor,
+        out_scale: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        constants: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B, channels, H, W) of noisy features (B, channels, H, W).
+
+        Args:
+            modulations, out_scale: see modulations().
+            keys, values, constants: see RunContext.
+        """
+        hidden_states = self.dit.patch_embedder(feature_grid)
+        for index, layer in enumerate(self.layers):
+            constant = None if constants is None else constants[index]
+            hidden_states = self.call_layer(
+                *(layer, hidden_states, modulations[index], self.rotary, keys[index], values[index], constant)
+            )
+        normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6) * out_scale
+        velocity = self.dit.norm_out.linear_2(normed)
+        return velocity.transpose(1, 2).unflatten(2, feature_grid.shape[-2:])
+
+    def modulations(self, times: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of all layers, (T, layers, B, 4, 1, D), and of the output norm, (T, B, 1, D), norm weights included.
+
+        Args:
+            times: embedded timesteps, (T, time_dim).
+            pooled: (B, time_dim).
+        """
+        embedding = F.silu(times[:, None] + pooled)  # (T, B, time_dim)
+        sizes = (len(times), len(self.layers), len(pooled), 4, 1, self.dit.config.dim)
+        factors = embedding.new_empty(sizes)
+        for index, layer in enumerate(self.layers):
+            layer.modulations(embedding, out=factors[:, index])
+        return factors, (1 + self.dit.norm_out.linear_1(embedding))[:, :, None]
+
+    def prepare_context(self, context: DiTContext) -> RunContext:
+        """Repeat grouped keys and values for all heads and fold each layer's gate into the values."""
+        heads, dtype = self.dit.config.heads, context.keys[0].dtype
+        gates = torch.stack([layer.gate.to(dtype).tanh() for layer in self.dit.layers])  # (layers, h)
+        groups = heads // self.dit.config.kv_heads
+        keys = torch.stack(context.keys).repeat_interleave(groups, dim=2)
+        values = torch.stack(context.values).repeat_interleave(groups, dim=2) * gates[:, None, :, None, None]
+        constants = None
+        if context.zero_values is not None:
+            constants = torch.stack(context.zero_values).repeat_interleave(groups, dim=1) * gates[..., None]
+            constants = constants[:, None, None]
+        return RunContext(context.pooled, keys, values, constants)
 
 
 class FusedDiT:
-    """A DiT prepared for one run. Reads the weights as they are now: make a new one after changing them.
+    """A DiT prepared for one run. Make a new one after changing its weights.
 
     Args:
         dit: a network for which can_fuse holds.
@@ -105,106 +170,72 @@ class FusedDiT:
         weight = dit.patch_embedder.proj.weight
         self.dtype = weight.dtype
         self.times = dit.time_caption_embed.embed_timestep(timesteps.to(weight.device), self.dtype)
-        self.rotary = rotary_table(*grid_size, dit.config.head_dim, weight.device)
-        rows = 2 * grid_size[0] * grid_size[1]
-        self.layers = [_FusedLayer(layer, rows) for layer in dit.layers]
-        self._chunks: dict[int, tuple[int, list[Tensor], Tensor]] = {}
+        self.step = FusedStep(dit, grid_size) if dit.recorder is None else dit.recorder.step(dit, grid_size)
+        self._chunks: dict[int, tuple[int, Tensor, Tensor]] = {}
 
     def encode_context(self, conditioning: Tensor, *, zero_rows: int = 0) -> RunContext:
         """See NextDiT.encode_context."""
-        return self.prepare_context(self.dit.encode_context(conditioning, zero_rows=zero_rows))
-
-    def prepare_context(self, context: DiTContext) -> RunContext:
-        """Repeat grouped keys and values for all heads and fold each layer's gate into the values."""
-        heads = self.dit.config.heads
-        gates = [layer.gate.to(self.dtype).tanh().view(1, heads, 1, 1) for layer in self.dit.layers]
-        groups = heads // self.dit.config.kv_heads
-        keys = tuple(key.repeat_interleave(groups, dim=1) for key in context.keys)
-        values = tuple(
-            value.repeat_interleave(groups, dim=1) * gate
-            for value, gate in zip(context.values, gates, strict=True)
-        )
-        constants = None
-        if context.zero_values is not None:
-            constants = tuple(
-                value.repeat_interleave(groups, dim=0)[None, None] * gate.view(1, 1, heads, 1)
-                for value, gate in zip(context.zero_values, gates, strict=True)
-            )
-        return RunContext(context.pooled, keys, values, constants)
+        return self.step.prepare_context(self.dit.encode_context(conditioning, zero_rows=zero_rows))
 
     def __call__(self, feature_grid: Tensor, index: int, context: RunContext) -> Tensor:
         """Velocity (B, channels, H, W) of noisy features (B, channels, H, W) at the index-th noise level."""
-        modulations, out_scale = self._modulations(index, context)
-        hidden_states = self.dit.patch_embedder(feature_grid)
-        constants = context.constants or (None,) * len(self.layers)
-        for layer, modulation, key, value, constant in zip(
-            self.layers, modulations, context.keys, context.values, constants, strict=True
-        ):
-            hidden_states = layer(hidden_states, modulation, self.rotary, key, value, constant)
-        normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6) * out_scale
-        velocity = self.dit.norm_out.linear_2(normed)
-        return velocity.transpose(1, 2).unflatten(2, feature_grid.shape[-2:])
+        inputs = (feature_grid, *self._modulations(index, context), *context.tensors)
+        if self.dit.recorder is None:
+            return self.step(*inputs)
+        return self.dit.recorder(self.step, inputs)
 
-    def _modulations(self, index: int, context: RunContext) -> tuple[list[Modulation], Tensor]:
-        """Modulations of every layer and the scale of the output norm, (B, 1, D), at one noise level."""
-        width, batch = self.dit.config.dim, context.pooled.shape[0]
-        level_bytes = len(self.layers) * batch * 4 * width * self.dtype.itemsize
+    def _modulations(self, index: int, context: RunContext) -> tuple[Tensor, Tensor]:
+        """Of every layer, (layers, B, 4, 1, D), and of the output norm, (B, 1, D), at one noise level."""
+        layers, batch = len(self.step.layers), context.pooled.shape[0]
+        level_bytes = layers * batch * 4 * self.dit.config.dim * self.dtype.itemsize
         size = max(1, min(len(self.times), MODULATION_BYTES // level_bytes))
         first = index // size * size
         if self._chunks.get(id(context), (-1,))[0] != first:
-            times = self.times[first : first + size]
-            embedding = F.silu(times[:, None] + context.pooled)  # (levels, B, time_dim)
-            self._chunks[id(context)] = (
-                first,
-                [layer.modulations(embedding) for layer in self.layers],
-                1 + self.dit.norm_out.linear_1(embedding),
-            )
-        _, chunk, out_scales = self._chunks[id(context)]
-        place = index - first
-        return [Modulation(*each[place].unbind(1)) for each in chunk], out_scales[place][:, None]
+            made = self.step.modulations(self.times[first : first + size], context.pooled)
+            self._chunks[id(context)] = (first, *made)
+        _, factors, out_scales = self._chunks[id(context)]
+        return factors[index - first], out_scales[index - first]
 
 
-class _FusedLayer:
+class FusedLayer:
+    """A block of the network: layers that read the same input together, modulations instead of a time embedding."""
+
     def __init__(self, layer: NextDiTBlock, rows: int) -> None:
         self.layer = layer
         own, cross, feed_forward = layer.attn1, layer.attn2, layer.feed_forward
-        self.head_dim = own.head_dim
         self.inputs = ParallelLinears([own.to_q, own.to_k, own.to_v], rows)
         self.cross_query = ParallelLinears([cross.to_q], rows)
         self.output = ParallelLinears([cross.to_out[0]], rows)
         self.gated = GatedLinears(feed_forward.linear_1, feed_forward.linear_3, rows)
         self.feed_forward_out = ParallelLinears([feed_forward.linear_2], rows)
 
-    def modulations(self, embedding: Tensor) -> Tensor:
-        """(levels, B, time_dim) -> (levels, B, 4, 1, D)."""
+    def modulations(self, embedding: Tensor, out: Tensor) -> None:
+        """Write the factors for (T, B, time_dim) into (T, B, 4, 1, D): into attention, out of it, and of the feed-forward."""
         layer = self.layer
-        values = layer.norm1.linear(embedding).unflatten(-1, (4, 1, -1))
-        scale, attn_gate, mlp_scale, mlp_gate = values.unbind(2)
-        return torch.stack(
-            [
-                layer.norm1.norm.weight * (1 + scale),
-                layer.norm2.weight * attn_gate.tanh(),
-                layer.ffn_norm1.weight * (1 + mlp_scale),
-                layer.ffn_norm2.weight * mlp_gate.tanh(),
-            ],
-            dim=2,
+        scale, attn_gate, mlp_scale, mlp_gate = (
+            layer.norm1.linear(embedding).unflatten(-1, (4, 1, -1)).unbind(2)
         )
+        torch.mul(layer.norm1.norm.weight, 1 + scale, out=out[:, :, 0])
+        torch.mul(layer.norm2.weight, attn_gate.tanh(), out=out[:, :, 1])
+        torch.mul(layer.ffn_norm1.weight, 1 + mlp_scale, out=out[:, :, 2])
+        torch.mul(layer.ffn_norm2.weight, mlp_gate.tanh(), out=out[:, :, 3])
 
     def __call__(
         self,
         hidden_states: Tensor,
-        modulation: Modulation,
+        modulations: Tensor,
         rotary: Tensor,
         key: Tensor,
         value: Tensor,
         constant: Tensor | None,
     ) -> Tensor:
-        normed = _normalise(hidden_states) * modulation.attention_in
-        attended = self._attend(normed, rotary, key, value, constant)
+        """(B, N, D) -> (B, N, D) with modulations (B, 4, 1, D), keys and values (R, h, L, d) and constant (1, 1, h, d)."""
+        attention_in, attention_out, feed_forward_in, feed_forward_out = modulations.unbind(1)
+        attended = self._attend(_normalise(hidden_states) * attention_in, rotary, key, value, constant)
         (mixed,) = self.output(attended)
-        hidden_states = torch.addcmul(hidden_states, _normalise(mixed), modulation.attention_out)
-        (fed,) = self.feed_forward_out(self.gated(_normalise(hidden_states) * modulation.feed_forward_in))
-        return torch.addcmul(hidden_states, _normalise(fed), modulation.feed_forward_out)
+        hidden_states = torch.addcmul(hidden_states, _normalise(mixed), attention_out)
+        (fed,) = self.feed_forward_out(self.gated(_normalise(hidden_states) * feed_forward_in))
+        return torch.addcmul(hidden_states, _normalise(fed), feed_forward_out)
 
     def _attend(
         self,

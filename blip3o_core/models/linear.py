@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
+# Where one product of several times the width keeps more of the device busy.
+JOINING_DEVICES = ("cuda",)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -30,11 +32,29 @@ def pack(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
 
+def join(linears: Sequence[nn.Linear]) -> Tensor:
+    """The weights of several layers as one (sum of out, in) tensor, of which they become parts: no second copy stays."""
+    weights = [linear.weight for linear in linears]
+    first = weights[0]
+    place = first.data_ptr()
+    for weight in weights:
+        if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or weight.data_ptr() != place:
+            break
+        place += weight.nbytes
+    else:  # joined by an earlier run
+        rows = sum(weight.shape[0] for weight in weights)
+        return first.detach().as_strided((rows, first.shape[1]), first.stride())
+    joined = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, joined.split([weight.shape[0] for weight in weights]), strict=True):
+        weight.data = part
+    return joined
+
+
 class ParallelLinears:
     """Linear layers that read the same input.
 
     Args:
-        linears: without hooks or gradients.
+        linears: without hooks or gradients, and without biases when there are several.
         rows: rows of input to expect.
     """
 
@@ -43,9 +63,8 @@ class ParallelLinears:
         weight = linears[0].weight
         self.packed = [pack(linear.weight, rows) for linear in linears] if can_pack(weight) else None
         self.joined: Tensor | None = None
-        if weight.device.type == "cuda" and len(linears) > 1:
-            # One product of several times the width keeps more of a GPU busy.
-            self.joined = torch.cat([linear.weight for linear in linears])
+        if weight.device.type in JOINING_DEVICES and len(linears) > 1:
+            self.joined = join(linears)
         self.sizes = [linear.out_features for linear in linears]
 
     def __call__(self, hidden_states: Tensor) -> Sequence[Tensor]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import NextDiTConfig
+
+if TYPE_CHECKING:
+    from ..compiling import StepRecorder
 
 TIMESTEP_FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
@@ -241,6 +244,8 @@ class NextDiT(nn.Module):
         self.time_caption_embed = TimeCaptionEmbedding(config, ops)
         self.layers = nn.ModuleList([NextDiTBlock(config, ops) for _ in range(config.layers)])
         self.norm_out = OutputNorm(config, ops)
+        # Set by compile_dit: steps of a run are then recorded and replayed.
+        self.recorder: StepRecorder | None = None
 
     def encode_context(self, conditioning: Tensor, *, zero_rows: int = 0) -> DiTContext:
         """Everything that depends on the conditioning alone.
@@ -305,7 +310,7 @@ def timestep_frequencies(timestep: Tensor) -> Tensor:
 
 
 def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """Cosines (real part) and sines (imaginary part) of the 2-D rotary positions, (H x W, d / 2), complex64.
+    """Cosine and sine of each pair's angle at the 2-D rotary positions, (H x W, d / 2, 2), float32.
 
     Row and column angles alternate from pair to pair: row, column, row, ... with falling frequency.
     Computed at each call: a table stored in the module would be garbage after a build on the meta device.
@@ -317,17 +322,17 @@ def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -
     angles = torch.stack(
         [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1
     ).reshape(height * width, head_dim // 2)
-    return torch.complex(angles.cos(), angles.sin())
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def apply_rotary(heads: Tensor, rotary: Tensor) -> Tensor:
     """Rotate adjacent pairs of (B, h, N, d) by their position's angles, in float32 as published."""
     pairs = heads.float().unflatten(-1, (-1, 2))
     if heads.device.type in COMPLEX_DEVICES and not torch.compiler.is_compiling():
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotary)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
     else:  # the same written out, for compilers and devices without complex numbers
         even, odd = pairs.unbind(-1)
-        cos, sin = rotary.real, rotary.imag
+        cos, sin = rotary.unbind(-1)
         rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).to(heads.dtype)
 

@@ -57,6 +57,28 @@ def test_a_joined_projection_gives_the_same_as_several() -> None:
         torch.testing.assert_close(ours, layer(features))
 
 
+def test_joined_weights_become_parts_of_one_tensor_and_keep_their_values() -> None:
+    layers = [torch.nn.Linear(6, width, bias=False).requires_grad_(False) for width in (4, 3, 2)]
+    before = [layer.weight.clone() for layer in layers]
+    joined = linear.join(layers)
+    torch.testing.assert_close(joined, torch.cat(before), rtol=0, atol=0)
+    assert {layer.weight.untyped_storage().data_ptr() for layer in layers} == {joined.data_ptr()}
+    for layer, weight in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.weight.data, weight, rtol=0, atol=0)
+    again = linear.join(layers)
+    assert again.data_ptr() == joined.data_ptr()
+    layers[1].weight.mul_(2)
+    torch.testing.assert_close(again[4:7], before[1] * 2)
+
+
+def test_weights_that_have_moved_apart_are_joined_again() -> None:
+    layers = [torch.nn.Linear(6, width, bias=False).requires_grad_(False) for width in (4, 3)]
+    linear.join(layers)
+    moved = torch.randn(3, 6)
+    layers[1].weight.data = moved.clone()
+    torch.testing.assert_close(linear.join(layers), torch.cat([layers[0].weight, moved]), rtol=0, atol=0)
+
+
 def test_modulations_are_made_for_a_few_noise_levels_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_dit, "MODULATION_BYTES", 1)
     ours, plain = velocities(tiny_models.build_dit())

@@ -1,16 +1,13 @@
-"""Fewer bits, layers that visit the device, compiled networks: what changes and what must not."""
+"""Fewer bits and layers that visit the device: what changes and what must not."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core import compiling, offload
-from comfyui_blip3o.blip3o_core.compiling import can_compile, compile_network
+from comfyui_blip3o.blip3o_core import offload
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.errors import BadInputError, Blip3oError
-from comfyui_blip3o.blip3o_core.models.fused_dit import can_fuse
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from comfyui_blip3o.blip3o_core.quantize import (
     FORMATS,
@@ -20,7 +17,6 @@ from comfyui_blip3o.blip3o_core.quantize import (
     quantize,
     quantize_network,
 )
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features
 
 CPU = torch.device("cpu")
 # Largest error of one weight, in units of the largest weight of its row or block.
@@ -96,40 +92,3 @@ def test_an_old_diffusers_cannot_stream_and_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "diffusers.hooks", None)
     with pytest.raises(Blip3oError, match=r"diffusers 0\.33"):
         offload.stream_layers(torch.nn.Linear(2, 2), CPU)
-
-
-def test_without_a_compiler_everything_goes_on(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*unused: object, **options: object) -> None:
-        raise RuntimeError("no compiler found")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    compiling.can_compile.cache_clear()
-    try:
-        pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu", compile=True)
-        with torch.no_grad():
-            assert can_fuse(pipeline.dit)
-        assert "no compiler found" in caplog.text
-    finally:
-        compiling.can_compile.cache_clear()
-
-
-@pytest.mark.slow
-def test_a_compiled_network_draws_the_same() -> None:
-    if not can_compile(CPU):
-        pytest.skip("no C++ compiler on this machine")
-    sizes = replace(tiny_models.DEFAULT, dit=replace(tiny_models.DEFAULT.dit, layers=1))
-    dit = tiny_models.build_dit(sizes)
-    generator = torch.Generator().manual_seed(0)
-    conditioning = torch.randn(1, 4, 32, generator=generator)
-    noise = torch.randn(1, 16, 2, 2, generator=generator)
-    settings = FeatureSettings(steps=3, sampler="ab2", guidance_scale=1)
-    plain = sample_features(dit, conditioning, noise=noise, settings=settings)
-    calls = torch._dynamo.utils.counters["stats"]
-    assert compile_network(dit, CPU)
-    ours = sample_features(dit, conditioning, noise=noise, settings=settings)
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
-    compiled = calls["unique_graphs"]
-    sample_features(dit, conditioning, noise=noise, settings=settings)
-    assert calls["unique_graphs"] == compiled  # nothing is compiled again
