@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import common  # noqa: F401 - makes the package known
 import torch
@@ -43,22 +44,21 @@ class Networks(Blip3oPipeline):
 
     Args:
         size: one of SIZES; "tiny" reads the built-in checkpoint.
+        options: how networks are kept, see Blip3oPipeline.
     """
 
-    def __init__(self, size: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, size: str, device: torch.device, dtype: torch.dtype, **options: Any) -> None:
         # Tokenizer and noise schedule are the built-in model's in all sizes.
-        super().__init__(open_checkpoint(BUILT_IN_MODEL), dtype=dtype, device=device)
+        super().__init__(open_checkpoint(BUILT_IN_MODEL), dtype=dtype, device=device, **options)
         self.size = size
 
-    def _component(self, name: str) -> torch.nn.Module:
+    def _read(self, name: str, device: torch.device) -> torch.nn.Module:
         if self.size == "tiny":
-            return super()._component(name)
-        if name not in self._components:
-            torch.manual_seed(0)
-            with _random_weights(self.device, self.dtype):
-                network = {"backbone": self._backbone, "dit": self._dit, "decoder": self._decoder}[name]()
-            self._components[name] = network.to(self.dtype).eval().requires_grad_(False)
-        return self._components[name]
+            return super()._read(name, device)
+        torch.manual_seed(0)
+        with _random_weights(self.device, self.dtype):  # a GPU draws them sooner, wherever they go then
+            network = {"backbone": self._backbone, "dit": self._dit, "decoder": self._decoder}[name]()
+        return network.to(device, self.dtype).eval().requires_grad_(False)
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:

@@ -683,30 +683,35 @@ class Blip3oPipeline:
         if name not in self._components:
             is_moved = self.offload or name in self._streamed
             weight_format = self.quantize if name in LARGE_NETWORKS else None
+            home = torch.device("cpu") if is_moved else self.device
             # Shrunk on the way from the files to their place.
-            place = "cpu" if is_moved or weight_format else self.device
-            options: dict[str, Any] = {"dtype": self.dtype, "device": place}
-            if name == "decoder":
-                self._components[name] = load_decoder(self.files, **options)
-            elif name == "image_encoder":
-                self._components[name] = load_image_encoder(
-                    self.files, path=self._image_encoder_path, allow_unknown=self._allow_unknown, **options
-                )
-            else:
-                load = load_backbone if name == "backbone" else load_dit
-                self._components[name] = load(self.files, allow_unknown=self._allow_unknown, **options)
-                loras = [(each.changes[name], each.strength) for each in self._loras if name in each.changes]
-                apply_changes(self._components[name], loras)
-            network = self._components[name]
+            network = self._read(name, home if weight_format is None else torch.device("cpu"))
             if weight_format is not None:
-                quantize_network(network, weight_format, torch.device("cpu") if is_moved else self.device)
+                quantize_network(network, weight_format, home)
             if name in self._streamed:
                 stream_layers(network, self.device)
+            if name == "decoder" and self.device.type == "cuda":
+                # The order of a tensor's values that its convolutions compute in; otherwise each one reorders twice.
+                network.to(memory_format=torch.channels_last)
             if self.compile and name == "dit":
                 compile_dit(network, self.device)
             if self.compile and name == "decoder":
                 compile_network(network.unet, self.device)
+            self._components[name] = network
         return self._components[name]
+
+    def _read(self, name: str, device: torch.device) -> Any:
+        """A network from its files, with its LoRAs."""
+        options: dict[str, Any] = {"dtype": self.dtype, "device": device}
+        if name == "decoder":
+            return load_decoder(self.files, **options)
+        options["allow_unknown"] = self._allow_unknown
+        if name == "image_encoder":
+            return load_image_encoder(self.files, path=self._image_encoder_path, **options)
+        network = (load_backbone if name == "backbone" else load_dit)(self.files, **options)
+        loras = [(each.changes[name], each.strength) for each in self._loras if name in each.changes]
+        apply_changes(network, loras)
+        return network
 
     @contextmanager
     def _on_device(self, name: str) -> Iterator[Any]:

@@ -80,7 +80,8 @@ class RunContext:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What FusedStep reads."""
-        return (self.keys, self.values) if self.constants is None else (self.keys, self.values, self.constants)
+        both = (self.keys, self.values)
+        return both if self.constants is None else (*both, self.constants)
 
 
 class FusedStep:

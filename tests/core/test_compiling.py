@@ -52,7 +52,9 @@ def draw(dit: NextDiT, seed: int = 0, batch: int = 2, **settings: object) -> Ten
     generator = torch.Generator().manual_seed(seed)
     conditioning = torch.randn(batch, 7, dit.config.conditioning_dim, generator=generator)
     noise = torch.randn(batch, dit.config.in_channels, *GRID, generator=generator)
-    return sample_features(dit, conditioning, noise=noise, settings=FeatureSettings(**{"steps": 4, **settings}))
+    return sample_features(
+        dit, conditioning, noise=noise, settings=FeatureSettings(**{"steps": 4, **settings})
+    )
 
 
 SETTINGS = (
