@@ -38,7 +38,10 @@ def join(linears: Sequence[nn.Linear]) -> Tensor:
     first = weights[0]
     place = first.data_ptr()
     for weight in weights:
-        if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or weight.data_ptr() != place:
+        if (
+            weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or weight.data_ptr() != place
+        ):
             break
         place += weight.nbytes
     else:  # joined by an earlier run
