@@ -44,7 +44,7 @@ class Row:
 
     Attributes:
         mode: what was done; the first mode of a stage is the plain one.
-        seconds: median.
+        seconds: median; None when it could not be done.
         gain: median over the rounds of plain / this, both timed in the same round.
         limit_seconds: what the machine needs at least for the bytes and the arithmetic of this mode.
         difference: from the plain result, in units of its spread; or as the note says.
@@ -55,7 +55,7 @@ class Row:
     stage: str
     size: str
     mode: str
-    seconds: float
+    seconds: float | None
     gain: float | None = None
     limit_seconds: float | None = None
     difference: float | None = None

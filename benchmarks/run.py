@@ -22,7 +22,18 @@ from pathlib import Path
 import torch
 from common import Row, measure_limits, to_markdown
 
-STAGES = ("load", "encode", "sample", "sample_batch", "decode", "ask", "start", "quality", "formats")
+STAGES = (
+    "load",
+    "encode",
+    "sample",
+    "sample_batch",
+    "decode",
+    "ask",
+    "memory",
+    "start",
+    "quality",
+    "formats",
+)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -74,7 +85,7 @@ def sizes_of(stage: str, sizes: Sequence[str], device: str) -> Sequence[str]:
         return ["tiny"]
     if stage == "formats":
         return ["tiny", "full"]
-    return ["tiny"] if stage == "sample_batch" and device == "cpu" else sizes
+    return ["tiny"] if stage in ("sample_batch", "memory") and device == "cpu" else sizes
 
 
 def run_child(stage: str, size: str, options: list[str], threads: int) -> dict:
@@ -109,6 +120,10 @@ def run_stage(stage: str, size: str, arguments: argparse.Namespace) -> dict:
         return {"formats": measure_formats(networks)}
     if stage == "start":
         rows = [row for preset in ("standard", "fast") for row in stages.start_stage(rounds, preset)]
+    elif stage == "memory":
+        from memory import memory_stage
+
+        rows = memory_stage(size, device, dtype, rounds)
     elif stage == "load":
         from loading import load_stage
 

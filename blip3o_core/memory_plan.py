@@ -157,7 +157,8 @@ def plan_memory(
         MissingFilesError, WrongCheckpointError: a network of that use cannot be loaded.
     """
     tensors = {name: component_tensors(files, name) for name in USES[use]}
-    plans = [_plan(files, tensors, way, use, budget_bytes, bytes_per_second) for way in WAYS[use]]
+    configs = {part: files.decoder_config(part) for part in DECODER_NETWORKS} if "decoder" in tensors else {}
+    plans = [plan_way(tensors, configs, way, use, budget_bytes, bytes_per_second) for way in WAYS[use]]
     return next((plan for plan in plans if plan.fits), min(plans, key=lambda plan: plan.peak_bytes))
 
 
@@ -222,14 +223,20 @@ def largest_file(files: CheckpointFiles) -> Path:
     return max({info.path for info in files.tensors.values()}, key=lambda path: path.stat().st_size)
 
 
-def _plan(
-    files: CheckpointFiles,
-    tensors: dict[str, dict[str, TensorInfo]],
+def plan_way(
+    tensors: Mapping[str, Mapping[str, TensorInfo]],
+    decoder_configs: Mapping[str, Mapping[str, Any]],
     way: Way,
     use: str,
     budget_bytes: int,
-    bytes_per_second: float | None,
+    bytes_per_second: float | None = None,
 ) -> MemoryPlan:
+    """What one way takes.
+
+    Args:
+        tensors: of each network of the use, as component_tensors gives them.
+        decoder_configs: of "unet" and "vae"; needed when the use has the decoder.
+    """
     placements, sizes = [], {}
     for name, its in tensors.items():
         is_large = name in ("backbone", "image_encoder")
@@ -244,7 +251,7 @@ def _plan(
         placements.append(Placement(name, place, words, sizes[name]))
     phases = tuple(
         Phase(word, CONTEXT_BYTES + working + (sizes[name] if way.offload else sum(sizes.values())))
-        for word, name, working in _work(files, tensors, way, use)
+        for word, name, working in _work(tensors, decoder_configs, way, use)
     )
     load_bytes = sum(info.nbytes for its in tensors.values() for info in its.values())
     seconds = None if bytes_per_second is None else load_bytes / bytes_per_second
@@ -252,7 +259,10 @@ def _plan(
 
 
 def _work(
-    files: CheckpointFiles, tensors: dict[str, dict[str, TensorInfo]], way: Way, use: str
+    tensors: Mapping[str, Mapping[str, TensorInfo]],
+    decoder_configs: Mapping[str, Mapping[str, Any]],
+    way: Way,
+    use: str,
 ) -> list[tuple[str, str, int]]:
     """(what is done, by which network, bytes beside the weights) of each phase of a use."""
     phases = []
@@ -265,7 +275,7 @@ def _work(
     if "dit" in tensors:
         phases.append(("sampling features", "dit", _dit_bytes(tensors["dit"])))
     if "decoder" in tensors:
-        phases.append(("painting", "decoder", _decoder_bytes(files, way)))
+        phases.append(("painting", "decoder", _decoder_bytes(decoder_configs, way)))
     return phases
 
 
@@ -290,8 +300,8 @@ def _dit_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return 2 * 64 * width * (2 * layers + 20) * HALF + 64 * 2**20
 
 
-def _decoder_bytes(files: CheckpointFiles, way: Way) -> int:
-    unet, vae = files.decoder_config("unet"), files.decoder_config("vae")
+def _decoder_bytes(configs: Mapping[str, Mapping[str, Any]], way: Way) -> int:
+    unet, vae = configs["unet"], configs["vae"]
     levels = vae["block_out_channels"]
     latents = unet["sample_size"]
     side = latents * 2 ** (len(levels) - 1)

@@ -37,3 +37,12 @@ def test_formats_are_ranked_by_their_bits() -> None:
         if "conditioning" in row["what"]
     }
     assert cosines["nf4"] < cosines["fp8"] < cosines["int8"] < 1
+
+
+@pytest.mark.slow
+def test_ways_to_keep_networks_that_lose_nothing_draw_the_same_picture() -> None:
+    rows = {row["mode"]: row for row in run_child("memory")["rows"] if "draw" in row["stage"]}
+    exact = [row for mode, row in rows.items() if "plain" not in mode and "quantize" not in mode]
+    assert len(exact) == 3
+    assert all(row["difference"] == 0 for row in exact)
+    assert all("plan: " in row["note"] for row in rows.values())
