@@ -23,6 +23,10 @@ COUNTERPARTS: dict[type[nn.Module], str] = {
 }
 
 
+# Layers that compute with their weights as they are, unless computes_plainly says otherwise.
+PLAIN = tuple(getattr(comfy.ops.disable_weight_init, name) for name in COUNTERPARTS.values())
+
+
 class FloatRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):
     """RMSNorm of the Qwen family: normalised in float32, scaled in the input's dtype. Stands in for transformers' class."""
 
@@ -37,6 +41,15 @@ class FloatRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):
         )
         with comfy.ops.CastBiasWeightContext(self, hidden_states, offloadable=True) as (weight, _):
             return weight * normed
+
+
+def computes_plainly(network: nn.Module) -> bool:
+    """Whether no layer of a network casts or patches its weights at use: then they can be read without its forward."""
+    return not any(
+        layer.comfy_cast_weights or layer.weight_function or layer.bias_function
+        for layer in network.modules()
+        if isinstance(layer, comfy.ops.CastWeightBiasOp)
+    )
 
 
 def exchange_layers(network: nn.Module, *, is_cast: bool) -> None:

@@ -9,7 +9,7 @@ Letters: B rows, R of them with a real prompt, N feature tokens, D model width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,17 +43,17 @@ PLAIN_LAYERS = (
 )
 
 
-def can_fuse(dit: nn.Module) -> bool:
-    """Whether a DiT consists of its own plain layers, all on one device, outside training.
+def can_fuse(dit: nn.Module, plain_layers: Collection[type] = PLAIN_LAYERS) -> bool:
+    """Whether a DiT consists of plain layers, all on one device, outside training.
 
     A wrapped layer (an adapter, a host's or an accelerator's hooks) computes in a way of its own and must be called.
     """
     return (
-        type(dit) is NextDiT
+        type(dit) in plain_layers
         and not torch.is_grad_enabled()
         and len({parameter.device for parameter in dit.parameters()}) == 1
         and all(
-            type(module) in PLAIN_LAYERS
+            type(module) in plain_layers
             and not module._forward_hooks
             and not module._forward_pre_hooks
             and "forward" not in vars(module)
@@ -132,12 +132,12 @@ class FusedStep:
         """Factors of all layers, (T, layers, B, 4, 1, D), and of the output norm, (T, B, 1, D), norm weights included.
 
         Args:
-            times: embedded timesteps, (T, time_dim).
+            times: embedded timesteps, (T, B or 1, time_dim).
             pooled: (B, time_dim).
         """
-        embedding = F.silu(times[:, None] + pooled)  # (T, B, time_dim)
-        sizes = (len(times), len(self.layers), len(pooled), 4, 1, self.dit.config.dim)
-        factors = embedding.new_empty(sizes)
+        embedding = F.silu(times + pooled)
+        levels, batch, _ = embedding.shape
+        factors = embedding.new_empty(levels, len(self.layers), batch, 4, 1, self.dit.config.dim)
         for index, layer in enumerate(self.layers):
             layer.modulations(embedding, out=factors[:, index])
         return factors, (1 + self.dit.norm_out.linear_1(embedding))[:, :, None]
@@ -192,7 +192,7 @@ class FusedDiT:
         size = max(1, min(len(self.times), MODULATION_BYTES // level_bytes))
         first = index // size * size
         if self._chunks.get(id(context), (-1,))[0] != first:
-            made = self.step.modulations(self.times[first : first + size], context.pooled)
+            made = self.step.modulations(self.times[first : first + size, None], context.pooled)
             self._chunks[id(context)] = (first, *made)
         _, factors, out_scales = self._chunks[id(context)]
         return factors[index - first], out_scales[index - first]
