@@ -5,6 +5,7 @@ Only weights shrink, what flows between layers does not. Embeddings, norms, conv
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import BadInputError
+from .models.onednn import OneDNNLinear, multiply
 
 if TYPE_CHECKING:  # a network is only needed to look through it
     from collections.abc import Iterator
@@ -28,39 +30,126 @@ NF4_LEVELS = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+FP8_IN_HALF = -(2**15) + 0x3F80  # bits of float16 that fp8 can set: the sign and seven more, as an int16
+# Weights widened at a time on the CPU: 4 MB in float32, measured best between 0.5 and 8.
+WIDENED_AT_ONCE = 2**20
+# Rows of input up to which PyTorch's own product with int8 is faster than widening.
+PACKED_PRODUCT_ROWS = 4
 # Layers smaller than this gain nothing worth their error.
 SMALLEST_WEIGHTS = 2**14
 SKIPPED = ("lm_head",)
 
 
-class QuantizedLinear(nn.Module):
-    """A frozen linear layer whose weight is kept in one of FORMATS.
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer whose weight is kept in one of FORMATS; still an nn.Linear, which is what PEFT adapts.
+
+    The wide weight never outlives its use, in neither pass; gradients flow to the input alone.
 
     Args:
         linear: the layer to take the place of; left as it is.
         weight_format: a name in FORMATS.
-        device: where to keep the weight; the work is done there too.
+        device: where to keep the weight; the work is done there too. None = where it lies.
     """
 
-    def __init__(self, linear: nn.Linear, weight_format: str, device: torch.device) -> None:
-        super().__init__()
+    def __init__(self, linear: nn.Linear, weight_format: str, device: torch.device | None = None) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make the wide weight that this class avoids
         self.weight_format = weight_format
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        device = linear.weight.device if device is None else device
         weight = linear.weight.detach().to(device)
         self.dtype = weight.dtype
-        quantized, scales = quantize(weight.float(), weight_format)
-        self.register_buffer("quantized", quantized)
+        codes, scales = quantize(weight.float(), weight_format)
+        self._code_dtype = codes.dtype
+        # As bytes: a later .to(dtype) of the whole network must not widen them.
+        self.register_buffer("codes", codes.view(torch.uint8))
         self.register_buffer("scales", scales)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), False)
 
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), made anew at each call."""
+        return dequantize(*self._packed, dtype, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The widened weight, for what reads a layer's weight: DoRA's norms, shapes, devices."""
+        return self.widened(self.dtype)
+
+    @property
+    def _packed(self) -> tuple[Tensor, Tensor, str]:
+        return self.codes.view(self._code_dtype), self.scales, self.weight_format
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        weight = dequantize(
-            self.quantized, self.scales, self.weight_format, hidden_states.dtype, self.in_features
-        )
-        return F.linear(hidden_states, weight, self.bias)
+        kind = hidden_states.device.type
+        if torch.is_autocast_enabled(kind):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(kind))
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            result = _FrozenProduct.apply(hidden_states, self)
+        else:
+            result = multiply_quantized(hidden_states, *self._packed)
+        return result if self.bias is None else result + self.bias.to(result.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight_format}"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W' that keeps neither x nor W for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, hidden_states: Tensor, layer: QuantizedLinear
+    ) -> Tensor:
+        ctx.layer = layer
+        return multiply_quantized(hidden_states, *layer._packed)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.widened(gradient.dtype), None
+
+
+def multiply_quantized(hidden_states: Tensor, codes: Tensor, scales: Tensor, weight_format: str) -> Tensor:
+    """F.linear with the weight that `quantize` packed; (..., in) -> (..., out), in the dtype of the input, up to rounding."""
+    dtype, columns = hidden_states.dtype, hidden_states.shape[-1]
+    if hidden_states.device.type != "cpu":
+        if weight_format == "nf4" or dtype == torch.float16:  # sums before the scales overflow in float16
+            return F.linear(hidden_states, dequantize(codes, scales, weight_format, dtype, columns))
+        return F.linear(hidden_states, codes.to(dtype)).mul_(scales.T)
+    rows = hidden_states.numel() // columns
+    is_whole = columns % 64 == 0 and codes.shape[0] % 32 == 0  # it reads past the end of other shapes
+    is_few = dtype == torch.bfloat16 and rows <= PACKED_PRODUCT_ROWS
+    if weight_format == "int8" and is_few and is_whole and can_multiply_int8():
+        product = torch.ops.aten._weight_int8pack_mm(
+            hidden_states.reshape(rows, columns), codes, scales.flatten().to(dtype)
+        )
+        return product.view(*hidden_states.shape[:-1], -1)
+    # A part of the weight at a time, wide only in the processor's cache.
+    if dtype == torch.float16:
+        hidden_states = hidden_states.float()
+    lines = (
+        1 if weight_format != "nf4" else -(-columns // NF4_BLOCK)
+    )  # of codes and scales for each row of the weight
+    step = lines * max(1, WIDENED_AT_ONCE // columns)
+    parts = []
+    for code_part, scale_part in zip(codes.split(step), scales.split(step), strict=True):
+        if weight_format == "nf4":
+            weight = dequantize(code_part, scale_part, weight_format, hidden_states.dtype, columns)
+            parts.append(multiply(hidden_states, weight))
+        else:
+            parts.append(
+                multiply(hidden_states, _unscaled(code_part, hidden_states.dtype)).mul_(scale_part.T)
+            )
+    return torch.cat(parts, dim=-1).to(dtype)
+
+
+@cache
+def can_multiply_int8() -> bool:
+    """Whether this PyTorch multiplies bfloat16 with int8 as it is on the CPU."""
+    try:
+        inputs = torch.ones(1, 64, dtype=torch.bfloat16)
+        weight, scales = torch.ones(64, 64, dtype=torch.int8), torch.full((64,), 0.5, dtype=torch.bfloat16)
+        return bool((torch.ops.aten._weight_int8pack_mm(inputs, weight, scales) == 32).all())
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def quantize(weight: Tensor, weight_format: str) -> tuple[Tensor, Tensor]:
@@ -79,16 +168,31 @@ def quantize(weight: Tensor, weight_format: str) -> tuple[Tensor, Tensor]:
     return (weight / scales).round().to(torch.int8), scales
 
 
-def dequantize(
-    quantized: Tensor, scales: Tensor, weight_format: str, dtype: torch.dtype, columns: int
-) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, weight_format: str, dtype: torch.dtype, columns: int) -> Tensor:
     """The weight (out, columns) again, up to what the format lost."""
     if weight_format != "nf4":
-        return quantized.to(dtype) * scales.to(dtype)
-    levels = torch.tensor(NF4_LEVELS, device=quantized.device, dtype=dtype)
-    codes = torch.stack([quantized >> 4, quantized & 15], dim=-1).flatten(1)
-    values = levels[codes.int()] * scales.to(dtype)
-    return values.reshape(-1, columns + -columns % NF4_BLOCK)[:, :columns]
+        return _unscaled(codes, dtype) * scales.to(dtype)
+    # One look-up for the two weights of a byte.
+    pairs = _nf4_pairs(codes.device, dtype)
+    values = pairs.index_select(0, codes.flatten().int()).view(dtype).view(-1, NF4_BLOCK) * scales.to(dtype)
+    return values.view(-1, columns + -columns % NF4_BLOCK)[:, :columns]
+
+
+def _unscaled(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    if codes.dtype != torch.float8_e4m3fn or codes.device.type != "cpu":
+        return codes.to(dtype)
+    # PyTorch's own cast takes the weights one by one. Here sign, exponent and mantissa go to where float16 has them,
+    # which counts exponents from 8 lower.
+    halves = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(FP8_IN_HALF)
+    return halves.view(torch.float16).float().mul_(2**8).to(dtype)
+
+
+@cache
+def _nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The two levels of each byte, as one number of twice the width, (256,)."""
+    levels = torch.tensor(NF4_LEVELS, device=device, dtype=dtype)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+    return pairs.view(torch.int64 if dtype.itemsize == 4 else torch.int32).flatten()
 
 
 def check_format(weight_format: str) -> None:
@@ -117,6 +221,6 @@ def quantizable_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.
     """(parent, name in it, layer) of each layer that quantize_network exchanges."""
     for parent in network.modules():
         for name, child in parent.named_children():
-            is_large = type(child) is nn.Linear and child.weight.numel() >= SMALLEST_WEIGHTS
+            is_large = type(child) in (nn.Linear, OneDNNLinear) and child.weight.numel() >= SMALLEST_WEIGHTS
             if is_large and name not in SKIPPED:
                 yield parent, name, child

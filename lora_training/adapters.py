@@ -18,10 +18,10 @@ from ..blip3o_core.lora_changes import QUERIES
 from ..blip3o_core.models.backbone import Backbone
 from ..blip3o_core.models.nextdit import NextDiT
 from ..blip3o_core.prompts import TextTokenizer
+from ..blip3o_core.quantize import QuantizedLinear
 from .config import AdapterConfig
 from .objective import random_stream
 from .prompt_encoder import PromptEncoder
-from .quantise import QuantisedLinear
 
 ATTENTION = r"layers\.\d+\.(attn1\.to_[qkv]|attn2\.to_[qkv]|attn2\.to_out\.0)"
 FEED_FORWARD = r"layers\.\d+\.feed_forward\.linear_[123]"
@@ -290,7 +290,7 @@ def attach(
             "Tuning the latent queries or the backbone needs the backbone in memory, but it was not given.\n"
             "Load the whole model, or set adapter.queries to false and adapter.backbone_rank to 0."
         )
-    if config.type == "full" and any(isinstance(module, QuantisedLinear) for module in dit.modules()):
+    if config.type == "full" and any(isinstance(module, QuantizedLinear) for module in dit.modules()):
         raise BadInputError(
             "Weights in 8 or 4 bits cannot learn.\nFor adapter.type full set model.base_dtype to bf16, or train a LoRA."
         )

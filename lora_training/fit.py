@@ -28,6 +28,7 @@ from ..blip3o_core.models.nextdit import NextDiT
 from ..blip3o_core.prompts import TextTokenizer
 from ..blip3o_core.sampling import FeatureSettings, sample_features, to_grid, to_tokens
 from .adapters import Adapter, attach
+from .base_dtype import set_base_dtype
 from .config import LoraConfig
 from .memory import GIB, plan_step
 from .objective import (
@@ -43,7 +44,6 @@ from .objective import (
 )
 from .optimizers import MovingAverage, averaged, build_optimizer, rate_factor, set_rate, uses_schedule
 from .prompts import preservation_prompts
-from .quantise import set_base_dtype
 from .records import (
     Diverged,
     EventSink,

@@ -31,9 +31,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFiles:
 
 
 def size_of(network: torch.nn.Module) -> int:
-    quantized = [
-        buffer for name, buffer in network.named_buffers() if name.endswith((".quantized", ".scales"))
-    ]
+    quantized = [buffer for name, buffer in network.named_buffers() if name.endswith((".codes", ".scales"))]
     return sum(tensor.nbytes for tensor in [*network.parameters(), *quantized])
 
 
