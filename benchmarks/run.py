@@ -27,6 +27,7 @@ STAGES = (
     "encode",
     "sample",
     "sample_batch",
+    "comfyui",
     "decode",
     "ask",
     "memory",
@@ -120,6 +121,8 @@ def run_stage(stage: str, size: str, arguments: argparse.Namespace) -> dict:
         return {"formats": measure_formats(networks)}
     if stage == "start":
         rows = [row for preset in ("standard", "fast") for row in stages.start_stage(rounds, preset)]
+    elif stage == "comfyui":
+        return {"rows": run_in_comfyui(size, arguments)}
     elif stage == "memory":
         from memory import memory_stage
 
@@ -141,6 +144,27 @@ def run_stage(stage: str, size: str, arguments: argparse.Namespace) -> dict:
         }[stage]()
         return {"rows": [asdict(row) for row in rows], "limits": asdict(limits)}
     return {"rows": [asdict(row) for row in rows]}
+
+
+def run_in_comfyui(size: str, arguments: argparse.Namespace) -> list[dict]:
+    """Rows of the stage comfyui; none without a ComfyUI, which is said."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+    from comfyui_server import COMFYUI, comfyui_python
+
+    if not (COMFYUI / "main.py").is_file():
+        print(f"no ComfyUI at {COMFYUI}: the stage comfyui is left out (set COMFYUI_PATH)", file=sys.stderr)
+        return []
+    script = Path(__file__).with_name("comfyui.py")
+    options = [str(COMFYUI), size, arguments.device, str(arguments.rounds), str(arguments.threads)]
+    done = subprocess.run(
+        [comfyui_python(), "-W", "ignore", str(script), *options],
+        cwd=COMFYUI,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    line = next(line for line in done.stdout.splitlines() if line.startswith("ROWS "))
+    return json.loads(line.removeprefix("ROWS "))
 
 
 def report(results: dict[str, list], arguments: argparse.Namespace) -> str:

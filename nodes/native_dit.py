@@ -106,21 +106,23 @@ class SamplerDiT(NextDiT):
     ) -> Tensor:
         if torch.is_grad_enabled():  # training changes the weights in the middle of a run
             return super().forward(x, timesteps, context)
-        run = None if is_hooked else (transformer_options or {}).get("sample_sigmas")
-        step = self._packed_step(x, run)
         kept = vars(self).setdefault("_contexts", WeakTensorKeyDictionary())
         if context not in kept:
+            step = self._packed_step(
+                x, None if is_hooked else (transformer_options or {}).get("sample_sigmas")
+            )
             encoded = self.encode_context(context)
-            kept[context] = encoded if step is None else step.prepare_context(encoded)
+            kept[context] = step, encoded if step is None else step.prepare_context(encoded)
+        step, encoded = kept[context]
         if step is None:
-            return super().forward(x, timesteps, context=kept[context])
+            return super().forward(x, timesteps, context=encoded)
         times = self.time_caption_embed.embed_timestep(timesteps, x.dtype)
-        factors, out_scale = step.modulations(times[None], kept[context].pooled)
-        return step(x, factors[0], out_scale[0], *kept[context].tensors)
+        factors, out_scale = step.modulations(times[None], encoded.pooled)
+        return step(x, factors[0], out_scale[0], *encoded.tensors)
 
     def _packed_step(self, x: Tensor, run: Tensor | None) -> FusedStep | None:
         """The network with its weights packed for a run; None where the layers must be called as they are."""
-        if run is None or x.device.type != "cpu":
+        if run is None or x.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         steps = vars(self).setdefault("_steps", WeakTensorKeyDictionary())
         if run not in steps:
