@@ -143,18 +143,20 @@ def denoise_latents(
     both = decoder.condition(torch.cat([negative.expand_as(features), features]), height, width)
     low, high = settings.guidance_interval
     total = len(timesteps)
+    # The UNet's own: read from the CPU, each would wait for the device and keep a compiled UNet from being recorded.
+    device_timesteps = timesteps.to(noise.device)
     for step, timestep in enumerate(timesteps):
         position = 1 - step / total
         is_guided = settings.guidance_scale != 1 and low <= position <= high
         inputs = scheduler.scale_model_input(latents, timestep).to(dtype)
         begin_step(decoder.unet)
         if is_guided:
-            output = decoder.unet(inputs.repeat(2, 1, 1, 1), timestep, **both).sample.to(latents.dtype)
+            output = decoder.unet(inputs.repeat(2, 1, 1, 1), device_timesteps[step], **both).sample.to(latents.dtype)
             away, toward = output.chunk(2)
             output = away + settings.guidance_scale * (toward - away)
         else:
             # A copy: a recorded graph writes each result over the one before, and some samplers look back.
-            output = decoder.unet(inputs, timestep, **plain).sample.to(latents.dtype, copy=True)
+            output = decoder.unet(inputs, device_timesteps[step], **plain).sample.to(latents.dtype, copy=True)
         index = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
         sigma = scheduler.sigmas[index]
         before = latents

@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from .answer_steps import PlainSteps
 from .errors import BadInputError
 from .models.backbone import Backbone
 from .noise import MAX_SEED, item_seeds
@@ -153,9 +154,13 @@ def continue_rows(
     cache = known.cache if known else DynamicCache()
     answers: list[list[int]] = [[] for _ in rows]
     is_open = [True] * len(rows)
+    logits = backbone.lm_head(backbone(embeddings, positions, mask, cache)[:, -1])
+    if backbone.recorder is None:
+        next_logits = PlainSteps(backbone, cache, mask)
+    else:
+        next_logits = backbone.recorder.steps(backbone, cache, mask)
     for step in range(settings.max_new_tokens):
-        hidden_states = backbone(embeddings, positions, mask, cache)[:, -1]
-        token_ids = choose_token(backbone.lm_head(hidden_states).float(), answers)
+        token_ids = choose_token(logits.float(), answers)
         for row, token in enumerate(token_ids.tolist()):
             if not is_open[row]:
                 continue
@@ -165,12 +170,10 @@ def continue_rows(
             answers[row].append(token)
             if on_text is not None and on_text(row, tokenizer.decode(answers[row])):
                 is_open[row] = False
-        if not any(is_open):
+        if not any(is_open) or step + 1 == settings.max_new_tokens:
             break
-        embeddings = backbone.embed(token_ids.to(embeddings.device)[:, None])
-        positions = (following + step).expand(3, -1, -1)
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        logits = next_logits(token_ids.to(device), following + step)
+    next_logits.finish()
     if kept is not None and len(rows) == 1:
         kept.keep(backbone, replace(rows[0], token_ids=rows[0].token_ids + answers[0]), cache)
     return answers

@@ -9,12 +9,15 @@ Letters: B batch, L tokens, Q latent queries, C width, P patches of all images t
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+
+if TYPE_CHECKING:
+    from ..answer_steps import AnswerRecorder, PlacedTokens
 
 TEXT_FIELDS = (
     "hidden_size",
@@ -77,6 +80,9 @@ class Backbone(nn.Module):
         vocab_size: rows of the token embedding.
         queries: number of latent queries, 64 as published.
         tie_head: the head shares the embedding's weights (4B base model).
+
+    Attributes:
+        recorder: replays the steps of answers; None = they are computed one by one, see answer_steps.record_answers.
     """
 
     def __init__(self, config: dict[str, Any], *, vocab_size: int, queries: int, tie_head: bool) -> None:
@@ -87,6 +93,7 @@ class Backbone(nn.Module):
         self.lm_head = nn.Linear(text.hidden_size, vocab_size, bias=False)
         self.latent_queries = nn.Parameter(torch.zeros(1, queries, text.hidden_size))
         self.is_head_tied = tie_head
+        self.recorder: AnswerRecorder | None = None
         if tie_head:
             self.lm_head.weight = self.text.embed_tokens.weight
 
@@ -121,14 +128,15 @@ class Backbone(nn.Module):
         embeddings: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
-        cache: DynamicCache | None = None,
+        cache: DynamicCache | PlacedTokens | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, (B, L, C).
 
         Args:
             embeddings: (B, L, C).
             position_ids: time, row and column positions, (3, B, L).
-            attention_mask: 1 = token, 0 = padding, over cache and new tokens, (B, cached + L); None = no padding.
+            attention_mask: 1 = token, 0 = padding, over cache and new tokens, (B, cached + L); None = no padding. Or
+                what is added to the attention's scores, (B, 1, L, cached + L).
             cache: keys and values of earlier tokens; extended in place.
         """
         return self.text(
