@@ -83,7 +83,7 @@ class Blip3oPipeline:
         offload: keep networks in host memory and move each to the device only while it works.
         quantize: format of the linear layers of backbone and image encoder, a name in quantize.FORMATS; None = dtype.
         stream: keep backbone and image encoder in host memory for good, see stream_layers.
-        compile: torch.compile the DiT and the decoder's UNet where that works.
+        compile: torch.compile the decoder's UNet and, on a GPU, the DiT, whose steps are recorded too; where that works.
         image_encoder_path: a separate EVA-CLIP file or its folder.
         allow_unknown: leave tensors of unknown name out instead of refusing the checkpoint.
     """
@@ -763,7 +763,8 @@ def load_pipeline(
         offload: keep networks in host memory and move each to the device only while it works.
         quantize: "fp8", "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
         stream: backbone and image encoder visit the device layer by layer; exact, and slow for long answers.
-        compile: torch.compile the DiT and the decoder's UNet where that works; the first picture takes a minute more.
+        compile: torch.compile the decoder's UNet and, on a GPU, the DiT, whose steps are recorded as CUDA graphs; where
+            that works. The first picture takes a minute more.
         image_encoder_path: a separate EVA-CLIP file or its folder.
 
     Raises:
