@@ -18,6 +18,8 @@ WORTHWHILE_PRODUCTS = 2**21
 
 def multiply(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear without gradients, up to rounding; (..., in), (out, in) -> (..., out)."""
+    if torch.compiler.is_compiling():  # it knows no such products with weights that may change
+        return F.linear(hidden_states, weight, bias)
     # In bfloat16 PyTorch itself goes to oneDNN.
     is_faster = weight.dtype == hidden_states.dtype == torch.float32 and can_pack(weight)
     if not is_faster or hidden_states.numel() * weight.shape[0] < WORTHWHILE_PRODUCTS:

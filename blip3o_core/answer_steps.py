@@ -1,0 +1,231 @@
+"""An answer's tokens one by one, over keys and values in places of their own: every step has the same shapes.
+
+A GPU starts some fifty small kernels for each layer and token; such steps it can record once and replay.
+
+Letters: B rows, N places for tokens, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .compiling import Record, can_compile, record_cuda_graph
+from .models.backbone import Backbone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+# Places for tokens that recordings are made for: a question with a picture, and its answer. Longer ones get twice the places.
+FEWEST_PLACES = 2048
+KEPT_RECORDINGS = 2
+
+
+class PlainSteps:
+    """The steps of one answer, with keys and values that grow by each token.
+
+    Args:
+        cache: keys and values of the rows so far; extended in place.
+        mask: 1 = token, 0 = padding, of the rows so far; None = no padding.
+    """
+
+    def __init__(self, backbone: Backbone, cache: DynamicCache, mask: Tensor | None) -> None:
+        self._backbone, self._cache, self._mask = backbone, cache, mask
+
+    def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, V) after tokens (B,) at positions (B, 1)."""
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(token_ids), 1)], dim=1)
+        embeddings = self._backbone.embed(token_ids[:, None])
+        states = self._backbone(embeddings, positions.expand(3, -1, -1), self._mask, self._cache)
+        return self._backbone.lm_head(states[:, -1])
+
+    def finish(self) -> None:
+        """Bring the cache up to date."""
+
+
+class PlacedTokens:
+    """What attention reads and writes in a step: the part of transformers' cache that its layers call.
+
+    Attributes:
+        keys, values: for each layer, (B, heads, N, d).
+        place: where this step's keys and values go, (1,).
+        is_token: places that hold a token of a row rather than padding, (B, N); true for all places to come.
+    """
+
+    def __init__(self, cache: DynamicCache, rows: int, places: int) -> None:
+        self.keys, self.values = [], []
+        for key, value in cached_layers(cache):
+            self.keys.append(key.new_zeros(rows, key.shape[1], places, key.shape[3]))
+            self.values.append(value.new_zeros(rows, value.shape[1], places, value.shape[3]))
+        device = self.keys[0].device
+        self.place = torch.zeros(1, dtype=torch.long, device=device)
+        self.is_token = torch.ones(rows, places, dtype=torch.bool, device=device)
+        self.order = torch.arange(places, device=device)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *unused: Any) -> tuple[Tensor, Tensor]:
+        self.keys[layer].index_copy_(2, self.place, key)
+        self.values[layer].index_copy_(2, self.place, value)
+        return self.keys[layer], self.values[layer]
+
+    def get_seq_length(self, *unused: Any) -> int:
+        # Masks and positions are given; what transformers would derive from this is not looked at.
+        return 0
+
+    def fill(self, cache: DynamicCache, mask: Tensor | None) -> None:
+        """Take over the keys and values of a cache; what lies beyond stays and is masked."""
+        for mine, given in zip((*self.keys, *self.values), _keys_then_values(cache), strict=True):
+            mine[:, :, : given.shape[2]] = given
+        self.is_token.fill_(True)
+        if mask is not None:
+            self.is_token[:, : mask.shape[1]] = mask.bool()
+
+    def step(self, backbone: Backbone, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, V) after tokens (B,) at positions (B, 1), which take the current place."""
+        embeddings = backbone.embed(token_ids[:, None])
+        is_seen = self.is_token & (self.order <= self.place)
+        bias = torch.zeros_like(is_seen, dtype=embeddings.dtype)
+        bias = bias.masked_fill(~is_seen, torch.finfo(embeddings.dtype).min)[:, None, None]
+        states = backbone(embeddings, positions.expand(3, -1, -1), bias, self)
+        return backbone.lm_head(states[:, -1])
+
+
+class AnswerRecorder:
+    """Steps recorded for each number of rows and places, and used again for as long as the weights stay where they are.
+
+    Args:
+        record: how a call is recorded, see compiling.Record.
+        is_compiled: compile the steps of single rows before recording: they are the most, and each shape takes a minute.
+        places: the fewest to record for.
+    """
+
+    def __init__(self, record: Record, *, is_compiled: bool, places: int = FEWEST_PLACES) -> None:
+        self._record = record
+        self._fewest = places
+        self._compiled = torch.compile(PlacedTokens.step, dynamic=False) if is_compiled else None
+        self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
+        self._weights: list[int] = []
+        self._is_broken = False
+
+    def steps(self, backbone: Backbone, cache: DynamicCache, mask: Tensor | None) -> PlainSteps:
+        """The steps of an answer to rows whose keys and values are in the cache."""
+        if self._is_broken:
+            return PlainSteps(backbone, cache, mask)
+        weights = [parameter.data_ptr() for parameter in backbone.parameters()]
+        if weights != self._weights:
+            self.forget()
+            self._weights = weights
+        return RecordedSteps(self, backbone, cache, mask)
+
+    def forget(self) -> None:
+        """Free what is kept from answer to answer."""
+        self._recordings.clear()
+
+    def recording(
+        self, backbone: Backbone, cache: DynamicCache, mask: Tensor | None, inputs: Sequence[Tensor]
+    ) -> _Recording | None:
+        """A recording with room for one more token and the cache's keys and values in it; None where it fails."""
+        rows, length = len(inputs[0]), cache.get_seq_length()
+        places = self._fewest
+        while places <= length:
+            places *= 2
+        if (rows, places) not in self._recordings:
+            tokens = PlacedTokens(cache, rows, places)
+            call = self._compiled if self._compiled is not None and rows == 1 else PlacedTokens.step
+            try:
+                tokens.place.fill_(length)
+                self._recordings[rows, places] = _Recording(self._record, tokens, call, backbone, inputs)
+            except Exception as error:  # what a driver cannot record, it reports in ways of its own
+                logger.warning("answers cannot be recorded here, going on without that: %s", error)
+                self._is_broken = True
+                self.forget()
+                return None
+            while len(self._recordings) > KEPT_RECORDINGS:
+                self._recordings.popitem(last=False)
+        self._recordings.move_to_end((rows, places))
+        found = self._recordings[rows, places]
+        found.tokens.fill(cache, mask)
+        return found
+
+
+class RecordedSteps(PlainSteps):
+    """The steps of one answer by a recorder's recordings; the cache learns of them at the end."""
+
+    def __init__(
+        self, recorder: AnswerRecorder, backbone: Backbone, cache: DynamicCache, mask: Tensor | None
+    ) -> None:
+        super().__init__(backbone, cache, mask)
+        self._recorder = recorder
+        self._recording: _Recording | None = None
+        self._length = cache.get_seq_length()
+
+    def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        if self._recording is None or self._length == self._recording.places:
+            self.finish()
+            self._recording = self._recorder.recording(
+                self._backbone, self._cache, self._mask, (token_ids, positions)
+            )
+        if self._recording is None:
+            return super().__call__(token_ids, positions)
+        logits = self._recording(self._length, (token_ids, positions))
+        self._length += 1
+        return logits
+
+    def finish(self) -> None:
+        known = self._cache.get_seq_length()
+        if self._recording is None or known == self._length:
+            return
+        tokens = self._recording.tokens
+        for layer, pair in enumerate(zip(tokens.keys, tokens.values, strict=True)):
+            self._cache.update(*(each[:, :, known : self._length].clone() for each in pair), layer)
+        if self._mask is not None:
+            self._mask = torch.cat(
+                [self._mask, self._mask.new_ones(len(self._mask), self._length - known)], dim=1
+            )
+
+
+class _Recording:
+    def __init__(
+        self,
+        record: Record,
+        tokens: PlacedTokens,
+        call: Callable[..., Tensor],
+        backbone: Backbone,
+        inputs: Sequence[Tensor],
+    ) -> None:
+        self.tokens = tokens
+        self.places = len(tokens.order)
+        self._inputs = [tensor.clone() for tensor in inputs]
+        self._replay = record(lambda *given: call(tokens, backbone, *given), self._inputs)
+
+    def __call__(self, place: int, inputs: Sequence[Tensor]) -> Tensor:
+        self.tokens.place.fill_(place)
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            mine.copy_(given)
+        return self._replay()
+
+
+def cached_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, (B, heads, L, d)."""
+    if hasattr(cache, "layers"):  # transformers 4.54 and later
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache, strict=True))
+
+
+def _keys_then_values(cache: DynamicCache) -> list[Tensor]:
+    keys, values = zip(*cached_layers(cache), strict=True)
+    return [*keys, *values]
+
+
+def record_answers(backbone: Backbone, device: torch.device) -> None:
+    """Record the steps of answers on a GPU, compiled where that works. On the CPU nothing is changed: see the benchmarks."""
+    if device.type == "cuda":
+        backbone.recorder = AnswerRecorder(record_cuda_graph, is_compiled=can_compile(device))
