@@ -81,8 +81,9 @@ class PlacedTokens:
         return 0
 
     def fill(self, cache: DynamicCache, mask: Tensor | None) -> None:
-        """Take over the keys and values of a cache; what lies beyond stays and is masked."""
+        """Take over the keys and values of a cache; the places to come are masked until then."""
         for mine, given in zip((*self.keys, *self.values), _keys_then_values(cache), strict=True):
+            mine.zero_()  # a masked place counts nothing, unless a broken answer has left infinities there
             mine[:, :, : given.shape[2]] = given
         self.is_token.fill_(True)
         if mask is not None:
@@ -119,7 +120,7 @@ class AnswerRecorder:
         """The steps of an answer to rows whose keys and values are in the cache."""
         if self._is_broken:
             return PlainSteps(backbone, cache, mask)
-        weights = [parameter.data_ptr() for parameter in backbone.parameters()]
+        weights = [tensor.data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())]
         if weights != self._weights:
             self.forget()
             self._weights = weights
@@ -133,6 +134,8 @@ class AnswerRecorder:
         self, backbone: Backbone, cache: DynamicCache, mask: Tensor | None, inputs: Sequence[Tensor]
     ) -> _Recording | None:
         """A recording with room for one more token and the cache's keys and values in it; None where it fails."""
+        if self._is_broken:
+            return None
         rows, length = len(inputs[0]), cache.get_seq_length()
         places = self._fewest
         while places <= length:

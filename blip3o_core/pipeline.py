@@ -83,7 +83,8 @@ class Blip3oPipeline:
         offload: keep networks in host memory and move each to the device only while it works.
         quantize: format of the linear layers of backbone and image encoder, a name in quantize.FORMATS; None = dtype.
         stream: keep backbone and image encoder in host memory for good, see stream_layers.
-        compile: torch.compile the decoder's UNet and, on a GPU, the DiT, whose steps are recorded too; where that works.
+        compile: torch.compile the decoder's UNet and, on a GPU, the DiT and the writing of answers, whose steps
+            are recorded too; where that works.
         image_encoder_path: a separate EVA-CLIP file or its folder.
         allow_unknown: leave tensors of unknown name out instead of refusing the checkpoint.
     """
@@ -698,6 +699,10 @@ class Blip3oPipeline:
                 network.to(memory_format=torch.channels_last)
             if self.compile and name == "dit":
                 compile_dit(network, self.device)
+            if self.compile and name == "backbone" and not is_moved:
+                from .answer_steps import record_answers
+
+                record_answers(network, self.device)
             if self.compile and name == "decoder":
                 compile_network(network.unet, self.device)
             self._components[name] = network
@@ -763,8 +768,8 @@ def load_pipeline(
         offload: keep networks in host memory and move each to the device only while it works.
         quantize: "fp8", "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
         stream: backbone and image encoder visit the device layer by layer; exact, and slow for long answers.
-        compile: torch.compile the decoder's UNet and, on a GPU, the DiT, whose steps are recorded as CUDA graphs; where
-            that works. The first picture takes a minute more.
+        compile: torch.compile the decoder's UNet and, on a GPU, the DiT and the writing of answers, whose steps are
+            recorded as CUDA graphs; where that works. The first picture, and the first answer, take a minute more.
         image_encoder_path: a separate EVA-CLIP file or its folder.
 
     Raises:
