@@ -1,19 +1,31 @@
-"""The stage ask: answers about a picture, and a chat's next turn."""
+"""The stage ask: answers about a picture, a chat's next turn, and tokens from weights in fewer bits."""
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from comfyui_blip3o.blip3o_core import quantize
+from comfyui_blip3o.blip3o_core.answer_steps import AnswerRecorder, PlainSteps
+from comfyui_blip3o.blip3o_core.compiling import can_compile, record_cuda_graph
+from comfyui_blip3o.blip3o_core.models import onednn
+from comfyui_blip3o.blip3o_core.models.backbone import Backbone
 from comfyui_blip3o.blip3o_core.prefixes import KeptChat
 from comfyui_blip3o.blip3o_core.rows import EncodedRow, PixelLimits
 from comfyui_blip3o.blip3o_core.understanding import AnswerSettings, Turn, continue_rows, encode_chat
-from common import Limits, Mode, Row, compare, weight_bytes
+from common import Limits, Mode, Row, compare, count_flops
 from networks import Networks
 from PIL import Image
 from torch import Tensor
+from transformers import DynamicCache
 
 ANSWER_TOKENS = 32
 PICTURE_SIDE = {"tiny": 128, "middle": 448, "full": 896}
@@ -33,11 +45,29 @@ def ask_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
     def answer(row: EncodedRow, kept: KeptChat | None = None) -> list[int]:
         return continue_rows(backbone, tokenizer, [row], device=device, settings=settings, kept=kept)[0]
 
-    moved = ANSWER_TOKENS * weight_bytes(backbone.text)
-    modes = {
-        "transformers' generate (plain)": Mode(_transformers_answer(networks, row), 1, 0, moved),
-        "ours": Mode(lambda: answer(row), 1, 0, moved),
-    }
+    def as_pytorch_multiplies() -> list[int]:
+        with _pytorch_products():
+            return answer(row)
+
+    with _pytorch_products():  # the counter knows no others
+        read = count_flops(
+            lambda: continue_rows(
+                backbone, tokenizer, [row], device=device, settings=replace(settings, max_new_tokens=1)
+            )
+        )
+    # First the picture and the question are read, then every token reads the weights: the limit is the sum.
+    written = ANSWER_TOKENS * _bytes_per_token(backbone)
+    moved = written + read / limits.flops * limits.bandwidth
+    modes = {"transformers' generate (plain)": Mode(_transformers_answer(networks, row), 1, 0, moved)}
+    if device.type == "cpu":
+        modes["ours, products as PyTorch makes them"] = Mode(as_pytorch_multiplies, 1, 0, moved)
+    modes["ours"] = Mode(lambda: answer(row), 1, 0, moved)
+    if device.type == "cuda":
+        for name, is_compiled in (("recorded", False), ("compiled and recorded", True)):
+            if not is_compiled or can_compile(device):
+                modes[f"ours, steps {name}"] = Mode(
+                    _recorded(networks, answer, row, is_compiled), 1, 0, moved
+                )
     options: dict[str, Any] = {"device": device, "rounds": rounds, "limits": limits}
     rows = compare("ask", networks.size, modes, **options)
     said = tokenizer.decode(answer(row))
@@ -57,9 +87,82 @@ def ask_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
     answer(row, Recorder())
     modes = {
         "everything anew (plain)": Mode(lambda: answer(second), 1, 0, moved),
-        "first turn kept": Mode(next_turn, 1, 0, moved, "the picture is not looked at again"),
+        "first turn kept": Mode(next_turn, 1, 0, written, "the picture is not looked at again"),
     }
-    return rows + compare("chat turn 2", networks.size, modes, **options)
+    rows += compare("chat turn 2", networks.size, modes, **options)
+    return rows + compare("a token of an answer", networks.size, _formats(networks), **options)
+
+
+def _recorded(
+    networks: Networks, answer: Callable[[EncodedRow], list[int]], row: EncodedRow, is_compiled: bool
+) -> Callable[[], list[int]]:
+    recorder = AnswerRecorder(record_cuda_graph, is_compiled=is_compiled)
+
+    def run() -> list[int]:
+        networks.backbone.recorder = recorder
+        try:
+            return answer(row)
+        finally:
+            networks.backbone.recorder = None
+
+    return run
+
+
+def _formats(networks: Networks) -> dict[str, Mode]:
+    """The same 32 tokens after a short question, from the backbone in each format; what is compared are the last logits."""
+    device = networks.device
+    plain = networks.backbone
+    ids = torch.tensor([networks.tokenizer.encode("what is in this picture?")], device=device)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(plain.lm_head.out_features, (ANSWER_TOKENS, 1), generator=generator).to(device)
+
+    def write(backbone: Backbone) -> Tensor:
+        cache = DynamicCache()
+        length = ids.shape[1]
+        backbone(backbone.embed(ids), torch.arange(length, device=device).expand(3, 1, -1), None, cache)
+        next_logits = PlainSteps(backbone, cache, None)
+        for step, token in enumerate(tokens):
+            logits = next_logits(token, torch.full((1, 1), length + step, device=device))
+        return logits
+
+    def mode(backbone: Backbone, run: Callable[[Backbone], Tensor] = write, note: str = "") -> Mode:
+        return Mode(lambda: run(backbone), ANSWER_TOKENS, 0, _bytes_per_token(backbone), note)
+
+    def widened_whole(backbone: Backbone) -> Tensor:
+        def multiply(hidden_states: Tensor, codes: Tensor, scales: Tensor, weight_format: str) -> Tensor:
+            dtype, columns = hidden_states.dtype, hidden_states.shape[-1]
+            return F.linear(hidden_states, quantize.dequantize(codes, scales, weight_format, dtype, columns))
+
+        with mock.patch.object(quantize, "multiply_quantized", multiply):
+            return write(backbone)
+
+    name = str(networks.dtype).removeprefix("torch.")
+    modes = {f"{name} (plain)": mode(plain)}
+    half = plain if networks.dtype == torch.bfloat16 else copy.deepcopy(plain).to(torch.bfloat16)
+    if half is not plain:
+        modes["bfloat16"] = mode(half)
+    for weight_format in quantize.FORMATS:
+        smaller = quantize.quantize_network(copy.deepcopy(plain), weight_format, device)
+        modes[weight_format] = mode(smaller)
+        modes[f"{weight_format}, whole weights widened"] = mode(smaller, widened_whole)
+        if half is not plain:
+            of_half = quantize.quantize_network(copy.deepcopy(half), weight_format, device)
+            modes[f"{weight_format}, arithmetic in bfloat16"] = mode(of_half)
+    return modes
+
+
+def _bytes_per_token(backbone: Backbone) -> int:
+    """What one token of an answer reads: all of the language model but its table of embeddings."""
+    parts = (backbone.text.layers, backbone.text.norm, backbone.lm_head)
+    return sum(
+        tensor.nbytes for part in parts for tensor in itertools.chain(part.parameters(), part.buffers())
+    )
+
+
+@contextmanager
+def _pytorch_products() -> Iterator[None]:
+    with mock.patch.object(onednn, "WORTHWHILE_PRODUCTS", float("inf")):
+        yield
 
 
 def _transformers_answer(networks: Networks, row: EncodedRow) -> Callable[[], list[int]]:

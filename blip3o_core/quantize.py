@@ -125,20 +125,22 @@ def multiply_quantized(hidden_states: Tensor, codes: Tensor, scales: Tensor, wei
     # A part of the weight at a time, wide only in the processor's cache.
     if dtype == torch.float16:
         hidden_states = hidden_states.float()
-    lines = (
-        1 if weight_format != "nf4" else -(-columns // NF4_BLOCK)
-    )  # of codes and scales for each row of the weight
+    # Codes and scales have so many lines for each row of the weight.
+    lines = 1 if weight_format != "nf4" else -(-columns // NF4_BLOCK)
     step = lines * max(1, WIDENED_AT_ONCE // columns)
-    parts = []
-    for code_part, scale_part in zip(codes.split(step), scales.split(step), strict=True):
-        if weight_format == "nf4":
-            weight = dequantize(code_part, scale_part, weight_format, hidden_states.dtype, columns)
-            parts.append(multiply(hidden_states, weight))
-        else:
-            parts.append(
-                multiply(hidden_states, _unscaled(code_part, hidden_states.dtype)).mul_(scale_part.T)
-            )
-    return torch.cat(parts, dim=-1).to(dtype)
+    parts = [
+        _multiply_part(hidden_states, *part, weight_format)
+        for part in zip(codes.split(step), scales.split(step), strict=True)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(dtype)
+
+
+def _multiply_part(hidden_states: Tensor, codes: Tensor, scales: Tensor, weight_format: str) -> Tensor:
+    dtype = hidden_states.dtype
+    if weight_format == "nf4":
+        columns = hidden_states.shape[-1]
+        return multiply(hidden_states, dequantize(codes, scales, weight_format, dtype, columns))
+    return multiply(hidden_states, _unscaled(codes, dtype)).mul_(scales.T)
 
 
 @cache
