@@ -11,6 +11,8 @@ from torch import Tensor, nn
 # original size (height, width) and crop (top, left), fixed as published; the target size follows them.
 PUBLISHED_ORIGINAL_SIZE = (1024, 1024)
 PUBLISHED_CROP = (0, 0)
+# Pixels along a tile's side, whatever the VAE's own configuration says: SDXL's names 1024, the whole of our pictures.
+TILE_SIDE = 512
 
 
 class Decoder(nn.Module):
@@ -26,6 +28,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.unet = UNet2DConditionModel.from_config(unet_config)
         self.vae = AutoencoderKL.from_config(vae_config)
+        self.vae.tile_sample_min_size = TILE_SIDE
+        self.vae.tile_latent_min_size = TILE_SIDE // self.vae_scale
         self.scheduler_config = scheduler_config
 
     @property

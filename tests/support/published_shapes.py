@@ -13,6 +13,7 @@ from comfyui_blip3o.blip3o_core.models.backbone import Backbone
 from comfyui_blip3o.blip3o_core.models.decoder import Decoder
 from comfyui_blip3o.blip3o_core.models.eva_clip import EvaClip
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
+from torch import nn
 
 CONFIG: dict[str, Any] = {
     "model_type": "blip3o_qwen",
@@ -66,18 +67,34 @@ VAE = {
     "latent_channels": 4,
     "scaling_factor": 0.13025,
 }
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def write_published_shapes(folder: Path) -> Path:
-    """The folder; it takes a few hundred kilobytes of disk."""
+def published_networks() -> dict[str, nn.Module]:
+    """The networks in bf16 without weights, on the device "meta"."""
     with torch.device("meta"):
         networks = {
             "backbone": Backbone(CONFIG, vocab_size=151668, queries=64, tie_head=False),
             "dit": NextDiT(NextDiTConfig()),
             "image_encoder": EvaClip(EvaClipConfig()),
+            "decoder": Decoder(UNET, VAE, SCHEDULER),
         }
-        decoder = Decoder(UNET, VAE, {})
+    return {name: network.bfloat16().eval().requires_grad_(False) for name, network in networks.items()}
+
+
+def write_published_shapes(folder: Path) -> Path:
+    """The folder; it takes a few hundred kilobytes of disk."""
+    networks = published_networks()
+    decoder = networks.pop("decoder")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG), "utf-8")
     shapes = {
