@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from .compiling import Record, can_compile, record_cuda_graph
 from .models.backbone import Backbone
+from .prefixes import cached_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -214,13 +215,6 @@ class _Recording:
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given)
         return self._replay()
-
-
-def cached_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer, (B, heads, L, d)."""
-    if hasattr(cache, "layers"):  # transformers 4.54 and later
-        return [(layer.keys, layer.values) for layer in cache.layers]
-    return list(zip(cache.key_cache, cache.value_cache, strict=True))
 
 
 def _keys_then_values(cache: DynamicCache) -> list[Tensor]:

@@ -618,9 +618,8 @@ class Blip3oPipeline:
         limits = pixel_limits(self.files.folder, min_pixels, max_pixels)
         with self._on_device("backbone") as backbone:
             rows = [encode_chat(backbone, self.tokenizer, turns, limits, system_prompt) for turns in chats]
-            # With offload the device is wanted for the next network.
-            if self._kept_chat is None and not self.offload:
-                self._kept_chat = KeptChat()
+            if self._kept_chat is None:
+                self._kept_chat = KeptChat(is_put_away=self.offload)
             return write_answers(
                 *(backbone, self.tokenizer, rows),
                 device=self.device,

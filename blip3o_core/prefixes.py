@@ -108,14 +108,21 @@ def encode_shared(
 
 
 class KeptChat:
-    """Keys and values of the last chat, so that its next turn computes only what is new: an image is looked at once."""
+    """Keys and values of the last chat, so that its next turn computes only what is new: an image is looked at once.
 
-    def __init__(self) -> None:
+    Args:
+        is_put_away: keep them in main memory between turns, because the device is wanted for other networks.
+    """
+
+    def __init__(self, *, is_put_away: bool = False) -> None:
+        self._is_put_away = is_put_away
         self._row: EncodedRow | None = None
         self._cache: DynamicCache | None = None
         self._weights: object = None
 
-    def take(self, backbone: Backbone, row: EncodedRow, image_pad: int) -> Beginning | None:
+    def take(
+        self, backbone: Backbone, row: EncodedRow, image_pad: int, device: torch.device
+    ) -> Beginning | None:
         """What is known of a row's beginning, or None. It is handed over: nothing is kept until the next `keep`."""
         known, cache, weights = self._row, self._cache, self._weights
         self.clear()
@@ -129,14 +136,34 @@ class KeptChat:
             return None
         if length < cached:
             cache.crop(length - cached)  # negative: so many tokens less
+        move_cache(cache, device)
         return Beginning(length, cache, [split_row(row, length, image_pad, merge_size)[1]])
 
     def keep(self, backbone: Backbone, row: EncodedRow, cache: DynamicCache) -> None:
         """Remember the keys and values of a row, question and answer."""
+        if self._is_put_away:
+            move_cache(cache, torch.device("cpu"))
         self._row, self._cache, self._weights = row, cache, _weights_key(backbone)
 
     def clear(self) -> None:
         self._row = self._cache = self._weights = None
+
+
+def cached_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, (B, heads, L, d)."""
+    if hasattr(cache, "layers"):  # transformers 4.54 and later
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache, strict=True))
+
+
+def move_cache(cache: DynamicCache, device: torch.device) -> None:
+    """Bring all keys and values to a device, in place."""
+    moved = [(key.to(device), value.to(device)) for key, value in cached_layers(cache)]
+    if hasattr(cache, "layers"):
+        for layer, (key, value) in zip(cache.layers, moved, strict=True):
+            layer.keys, layer.values = key, value
+    else:
+        cache.key_cache, cache.value_cache = map(list, zip(*moved, strict=True))
 
 
 def _outside_images(row: EncodedRow, length: int, image_pad: int, merge_size: int) -> int:

@@ -148,7 +148,7 @@ def continue_rows(
     positions, following = padded_positions(rows, longest, tokenizer.image_pad, backbone.merge_size)
     known: Beginning | None = None
     if kept is not None and len(rows) == 1:
-        known = kept.take(backbone, rows[0], tokenizer.image_pad)
+        known = kept.take(backbone, rows[0], tokenizer.image_pad, device)
     embeddings, mask = embed_rows(backbone, tokenizer, known.rests if known else rows, device)
     positions, following = positions[..., -embeddings.shape[1] :].to(device), following.to(device)
     cache = known.cache if known else DynamicCache()

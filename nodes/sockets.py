@@ -43,7 +43,9 @@ class HostPipeline(Blip3oPipeline):
     """
 
     def __init__(self, files: CheckpointFiles, patchers: dict[str, ModelPatcher], dtype: torch.dtype) -> None:
-        super().__init__(files, dtype=dtype, device=next(iter(patchers.values())).load_device)
+        # As with offload, a chat's keys and values wait in main memory: ComfyUI does not know of them.
+        device = next(iter(patchers.values())).load_device
+        super().__init__(files, dtype=dtype, device=device, offload=True)
         self.patchers = patchers
         self._components = {name: patcher.model for name, patcher in patchers.items()}
 

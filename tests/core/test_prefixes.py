@@ -7,9 +7,10 @@ import tiny_models
 import torch
 from comfyui_blip3o.blip3o_core import prefixes, understanding
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.blip3o_core.prefixes import common_length, split_row
+from comfyui_blip3o.blip3o_core.prefixes import cached_layers, common_length, move_cache, split_row
 from comfyui_blip3o.blip3o_core.rows import EncodedRow
 from comfyui_blip3o.blip3o_core.understanding import AnswerSettings, Turn
+from transformers import DynamicCache
 
 PAD, MERGE = 9, 2
 SHORT = AnswerSettings(max_new_tokens=6)
@@ -131,6 +132,37 @@ def test_the_next_turn_of_a_chat_computes_only_what_is_new(
     with_another = (*turns, Turn("assistant", second), Turn("user", "and this ?", (TWO,)))
     assert chat(own_pipeline, *with_another) == chat(fresh, *with_another)
     assert counter.images == 2
+
+
+def test_with_offload_a_chat_waits_in_main_memory(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[str] = []
+    original = prefixes.move_cache
+
+    def move(cache: DynamicCache, device: torch.device) -> None:
+        places.append(device.type)
+        original(cache, torch.device("cpu"))
+
+    monkeypatch.setattr(prefixes, "move_cache", move)
+    pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu", offload=True)
+    counter = Counter(pipeline)
+    first = Turn("user", "What is this ?", (ONE,))
+    turns = (first, Turn("assistant", chat(pipeline, first)), Turn("user", "What color is this ?"))
+    assert places == ["cpu"]
+    second = chat(pipeline, *turns)
+    assert places == ["cpu", "cpu", "cpu"]
+    assert counter.images == 1
+    assert second == chat(load_pipeline(tiny_folder, dtype="fp32", device="cpu"), *turns)
+
+
+def test_a_cache_moves_with_all_its_keys_and_values(own_pipeline: Blip3oPipeline) -> None:
+    cache = DynamicCache()
+    embeddings = own_pipeline.backbone.embed(torch.tensor([[1, 2, 3]]))
+    own_pipeline.backbone(embeddings, torch.arange(3).expand(3, 1, -1), None, cache)
+    move_cache(cache, torch.device("meta"))
+    layers = cached_layers(cache)
+    assert len(layers) == len(own_pipeline.backbone.text.layers)
+    assert {tensor.device.type for pair in layers for tensor in pair} == {"meta"}
+    assert cache.get_seq_length() == 3
 
 
 def test_kept_states_are_those_of_a_fresh_chat(
