@@ -117,7 +117,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize",
         metavar="FORMAT",
-        help="fp8, int8 or nf4: keep the weights of backbone and EVA-CLIP in fewer bits",
+        help="int8, nf4 or fp8: keep the weights of backbone and EVA-CLIP in fewer bits; fp8 is as large as int8 and less exact",
     )
     group.add_argument(
         "--compile",
