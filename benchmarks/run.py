@@ -34,6 +34,7 @@ STAGES = (
     "start",
     "quality",
     "formats",
+    "counts",
 )
 RESULTS = Path(__file__).parent / "results"
 
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--checkpoint", type=Path, help="folder for the stage load (default: the built-in)")
+    parser.add_argument("--checkpoint", type=Path, help="large checkpoint for the stage load (default: a random one)")
     parser.add_argument("--machine", default=describe_machine(), help="what the tables call this machine")
     parser.add_argument("--name", help="write results/NAME.md and results/NAME.json")
     parser.add_argument("--child", nargs=2, metavar=("STAGE", "SIZE"), help=argparse.SUPPRESS)
@@ -86,6 +87,8 @@ def sizes_of(stage: str, sizes: Sequence[str], device: str) -> Sequence[str]:
         return ["tiny"]
     if stage == "formats":
         return ["tiny", "full"]
+    if stage == "counts":
+        return ["full"]
     return ["tiny"] if stage in ("sample_batch", "memory") and device == "cpu" else sizes
 
 
@@ -119,6 +122,10 @@ def run_stage(stage: str, size: str, arguments: argparse.Namespace) -> dict:
         from formats import measure_formats
 
         return {"formats": measure_formats(networks)}
+    if stage == "counts":
+        from counts import measure_counts
+
+        return {"counts": measure_counts()}
     if stage == "start":
         rows = [row for preset in ("standard", "fast") for row in stages.start_stage(rounds, preset)]
     elif stage == "comfyui":
@@ -130,7 +137,7 @@ def run_stage(stage: str, size: str, arguments: argparse.Namespace) -> dict:
     elif stage == "load":
         from loading import load_stage
 
-        rows = load_stage(arguments.checkpoint or BUILT_IN_MODEL, size, device, rounds)
+        rows = load_stage(size, device, rounds, arguments.checkpoint)
     else:
         limits = measure_limits(device, dtype)
         rows = {
@@ -169,6 +176,7 @@ def run_in_comfyui(size: str, arguments: argparse.Namespace) -> list[dict]:
 
 def report(results: dict[str, list], arguments: argparse.Namespace) -> str:
     """Markdown: the machine in words, one table of times, one of each comparison of qualities."""
+    from counts import counts_markdown
     from formats import formats_markdown
     from quality import QualityRow, quality_markdown
 
@@ -197,6 +205,8 @@ def report(results: dict[str, list], arguments: argparse.Namespace) -> str:
                 title: [QualityRow(**row) for row in table] for title, table in entry["quality"].items()
             }
             lines.append("## Quality of faster settings, built-in model\n\n" + quality_markdown(tables))
+        if "counts" in entry:
+            lines.append(counts_markdown(entry["counts"]))
         if "formats" in entry:
             lines.append(formats_markdown(entry["formats"]))
     return "".join(lines)
