@@ -689,7 +689,7 @@ class Blip3oPipeline:
             network = self._read(name, home if weight_format is None else torch.device("cpu"))
             if weight_format is not None:
                 quantize_network(network, weight_format, home)
-            if self.device.type == "cpu" and name in LARGE_NETWORKS:
+            if self.device.type == "cpu" and name != "dit":  # whose weights are packed for each run
                 use_onednn(network)
             if name in self._streamed:
                 stream_layers(network, self.device)

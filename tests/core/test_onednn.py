@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import torch.nn.functional as F
+from comfyui_blip3o.blip3o_core.decoding import PixelSettings
 from comfyui_blip3o.blip3o_core.models import onednn
 from comfyui_blip3o.blip3o_core.models.linear import can_pack
 from comfyui_blip3o.blip3o_core.models.onednn import OneDNNLinear, multiply, use_onednn
@@ -85,14 +87,30 @@ def test_only_plain_layers_in_float32_or_bfloat16_are_exchanged() -> None:
 
 
 @needs_onednn
-def test_a_pipeline_on_the_cpu_reads_prompts_and_pictures_with_it(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("part", ["prompt", "picture", "features"])
+def test_a_pipeline_on_the_cpu_reads_looks_and_paints_with_it(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu")
-    assert type(pipeline.backbone.text.layers[0].mlp.up_proj) is OneDNNLinear
-    plain = pipeline.encode_prompts("a red circle")
+
+    def run() -> torch.Tensor:
+        if part == "prompt":
+            return pipeline.encode_prompts("a red circle")
+        if part == "picture":
+            return pipeline.encode_images([tiny_models.picture()])
+        features = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+        return pipeline.decode(features, [0], settings=PixelSettings(steps=2))
+
+    monkeypatch.setattr(onednn, "WORTHWHILE_PRODUCTS", float("inf"))
+    plain = run()
     monkeypatch.setattr(onednn, "WORTHWHILE_PRODUCTS", 0)
     with OpNames() as ops:
-        ours = pipeline.encode_prompts("a red circle")
+        ours = run()
     assert "mkldnn::_linear_pointwise" in ops.names
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+def test_the_dit_keeps_its_plain_layers_that_a_run_packs(tiny_folder: Path) -> None:
+    pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu")
+    assert not any(isinstance(module, OneDNNLinear) for module in pipeline.dit.modules())
