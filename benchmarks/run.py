@@ -83,7 +83,9 @@ def write_results(results: dict[str, list], arguments: argparse.Namespace) -> No
 
 def sizes_of(stage: str, sizes: Sequence[str], device: str) -> Sequence[str]:
     """The sizes at which a stage makes sense and ends in minutes."""
-    if stage in ("start", "quality", "load"):
+    if stage == "load":  # files can be taken out of the system's cache on Linux only
+        return ["tiny", "large"] if hasattr(os, "posix_fadvise") else ["tiny"]
+    if stage in ("start", "quality"):
         return ["tiny"]
     if stage == "formats":
         return ["tiny", "full"]
@@ -108,7 +110,6 @@ def run_stage(stage: str, size: str, arguments: argparse.Namespace) -> dict:
     """Rows of a stage, or the tables of one that compares qualities."""
     import answers
     import stages
-    from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
     from networks import Networks
 
     device = torch.device(arguments.device)
