@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import shutil
 import struct
 from collections.abc import Callable
@@ -138,6 +139,37 @@ def test_written_names_are_the_published_ones(tiny_folder: Path) -> None:
     assert {key for key in published - names} == {
         key for key in published if key.startswith("model.layers.2.")
     }
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_tensors_are_complete_whatever_their_order_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, seed: int
+) -> None:
+    # So small that the file is mapped anew in the middle.
+    monkeypatch.setattr(safetensor_files, "REMAP_BYTES", 5000)
+    order = random.Random(seed)
+    written = {f"weight.{i}": torch.randn(i, 7).bfloat16() for i in range(40)}
+    written["ids"] = torch.arange(99)
+    in_file = order.sample(sorted(written), len(written))
+    header, content = {}, b""
+    for key in in_file:
+        data = written[key].view(torch.uint8).numpy().tobytes()
+        kind = "I64" if key == "ids" else "BF16"
+        offsets = [len(content), len(content) + len(data)]
+        header[key] = {"dtype": kind, "shape": list(written[key].shape), "data_offsets": offsets}
+        content += data
+    path = tmp_path / "shuffled.safetensors"
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + content)
+    infos = read_header(path)[0]
+    wanted = order.sample(in_file, len(in_file))
+    read = dict(safetensor_files.read_tensors({key: infos[key] for key in wanted}, dtype=dtype))
+    assert set(read) == set(written)
+    for key, tensor in written.items():
+        target = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        assert read[key].dtype == target
+        assert torch.equal(read[key], tensor.to(target)), key
 
 
 def test_buffers_that_old_savers_stored_are_dropped_on_purpose(folder: Path) -> None:
