@@ -142,12 +142,16 @@ class AnswerRecorder:
         while places <= length:
             places *= 2
         if (rows, places) not in self._recordings:
-            tokens = PlacedTokens(cache, rows, places)
             call = self._compiled if self._compiled is not None and rows == 1 else PlacedTokens.step
             try:
+                tokens = PlacedTokens(cache, rows, places)
                 tokens.place.fill_(length)
                 self._recordings[rows, places] = _Recording(self._record, tokens, call, backbone, inputs)
             except Exception as error:  # what a driver cannot record, it reports in ways of its own
+                if call is self._compiled:
+                    logger.warning("answers cannot be compiled here, going on without that: %s", error)
+                    self._compiled = None
+                    return self.recording(backbone, cache, mask, inputs)
                 logger.warning("answers cannot be recorded here, going on without that: %s", error)
                 self._is_broken = True
                 self.forget()

@@ -198,6 +198,25 @@ def test_where_recording_fails_answers_are_written_all_the_same(
     assert caplog.text.count("no such driver") == 1
 
 
+def test_where_compiling_fails_steps_are_recorded_as_they_are(
+    pipeline: Blip3oPipeline, own_pipeline: Blip3oPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    recordings, calls = Recordings(), []
+
+    def fail_once(*inputs: object) -> Callable[[], Tensor]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no such compiler")
+        return recordings(*inputs)
+
+    own_pipeline.backbone.recorder = AnswerRecorder(fail_once, is_compiled=True)
+    rows = encode(pipeline, "picture")
+    with caplog.at_level(logging.WARNING):
+        assert answer(own_pipeline, rows) == answer(pipeline, rows)
+    assert "no such compiler" in caplog.text
+    assert (recordings.made, recordings.replayed) == (1, TOKENS - 1)
+
+
 def test_on_the_cpu_steps_are_called_as_they_are(tiny_folder: Path) -> None:
     pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu", compile=True)
     assert pipeline.backbone.recorder is None
