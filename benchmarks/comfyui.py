@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 COMFYUI, SIZE, DEVICE, ROUNDS, THREADS = Path(sys.argv[1]), *sys.argv[2:4], *map(int, sys.argv[4:6])
 sys.argv = ["main.py", *(["--cpu"] if DEVICE == "cpu" else [])]
@@ -18,7 +19,7 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 import comfy.model_patcher  # noqa: E402
 import comfy.sample  # noqa: E402
-import common  # noqa: E402, F401 - makes the package known
+import common  # noqa: E402 - makes the package known
 import nodes  # noqa: E402, F401 - ComfyUI's own, before ours can be
 import torch  # noqa: E402
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
@@ -69,28 +70,22 @@ def main() -> None:
             *(model, noise, STEPS, GUIDANCE, "euler", "simple", *conds, start), **options
         )
 
-    def called() -> Tensor:
-        plainly, layers.computes_plainly = layers.computes_plainly, lambda network: False
-        try:
-            return draw()
-        finally:
-            layers.computes_plainly = plainly
+    def plain() -> Tensor:
+        with mock.patch.object(native_dit, "PromptCond", comfy.conds.CONDRegular):
+            return kept()
 
-    def forgetful() -> Tensor:
-        kept, native_dit.PromptCond = native_dit.PromptCond, comfy.conds.CONDRegular
-        try:
-            return called()
-        finally:
-            native_dit.PromptCond = kept
+    def kept() -> Tensor:
+        with common.pytorch_products():
+            return draw()
 
     device = comfy.model_management.get_torch_device()
     moved = STEPS * weight_bytes(dit)
     modes = {
-        "KSampler, prompt encoded at every step (plain)": Mode(forgetful, 1, 0, moved),
-        "KSampler, prompt encoded once": Mode(called, 1, 0, moved),
+        "KSampler, prompt encoded at every step (plain)": Mode(plain, 1, 0, moved),
+        "KSampler, prompt encoded once": Mode(kept, 1, 0, moved),
     }
     if DEVICE == "cpu":
-        modes["KSampler, weights packed for the run (what is used)"] = Mode(draw, 1, count_flops(draw), moved)
+        modes["KSampler, and oneDNN (what is used)"] = Mode(draw, 1, count_flops(draw), moved)
     if can_compile(device):
         compiled = patcher.clone()
         options = {"guard_filter_fn": skip_torch_compile_dict}

@@ -8,10 +8,12 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -96,14 +98,12 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """Read a large tensor and multiply large matrices."""
     large = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
     bandwidth = large.nbytes / min(_seconds(large.sum, device) for _ in range(10))
-    from comfyui_blip3o.blip3o_core.models.linear import ParallelLinears
+    from comfyui_blip3o.blip3o_core.models.linear import multiply
 
     side = 8192 if device.type == "cuda" else 1024
     with torch.no_grad():
-        layer = torch.nn.Linear(side, side, bias=False, device=device, dtype=dtype)
-        features = torch.randn(side, side, device=device, dtype=dtype)
-        product = ParallelLinears([layer], side)
-        fastest = min(_seconds(lambda: product(features), device) for _ in range(10))
+        one, other = torch.randn(2, side, side, device=device, dtype=dtype)
+        fastest = min(_seconds(lambda: multiply(one, other), device) for _ in range(10))
     return Limits(bandwidth, 2 * side**3 / fastest)
 
 
@@ -159,9 +159,19 @@ def _difference(ours: Any, plain: Any) -> float | None:
 
 def count_flops(run: Callable[[], Any]) -> float:
     """Arithmetic operations of PyTorch's products, convolutions and attentions in one run."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The counter does not know oneDNN's products.
+    with pytorch_products(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
+
+
+@contextmanager
+def pytorch_products() -> Iterator[None]:
+    """Linear layers multiply as PyTorch does, see models/linear.py."""
+    from comfyui_blip3o.blip3o_core.models import linear
+
+    with mock.patch.object(linear, "WORTHWHILE_PRODUCTS", math.inf):
+        yield
 
 
 def weight_bytes(module: torch.nn.Module) -> int:

@@ -9,18 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 from comfyui_blip3o.blip3o_core import prefixes, sampling
 from comfyui_blip3o.blip3o_core.compiling import StepRecorder, can_compile, compile_network, record_cuda_graph
 from comfyui_blip3o.blip3o_core.decoding import PixelSettings, decode_features
 from comfyui_blip3o.blip3o_core.flow import sigma_schedule, whole_timesteps
-from comfyui_blip3o.blip3o_core.models import linear
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.blip3o_core.presets import PRESETS
 from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_tokens
-from common import ROOT, Limits, Mode, Row, compare, count_flops, weight_bytes
+from common import ROOT, Limits, Mode, Row, compare, count_flops, pytorch_products, weight_bytes
 from networks import QUERIES, Networks
 from torch import Tensor
 
@@ -81,16 +82,13 @@ def sampling_stage(networks: Networks, limits: Limits, rounds: int, batch: int =
     noise = torch.randn(batch, *networks.noise_shape, generator=generator).to(device)
     settings = FeatureSettings()
 
-    def ours(*, is_prepared: bool, is_packed: bool = True) -> Tensor:
-        can_fuse, can_pack = sampling.can_fuse, linear.can_pack
-        if not is_prepared:
-            sampling.can_fuse = lambda dit: False
-        if not is_packed:
-            linear.can_pack = lambda weight: False
-        try:
+    def ours(*, is_prepared: bool) -> Tensor:
+        with nullcontext() if is_prepared else mock.patch.object(sampling, "can_fuse", lambda dit: False):
             return sample_features(dit, conditioning, noise=noise, settings=settings)
-        finally:
-            sampling.can_fuse, linear.can_pack = can_fuse, can_pack
+
+    def with_pytorchs_products(run: Callable[[], Tensor]) -> Tensor:
+        with pytorch_products():
+            return run()
 
     def recorded(recorder: StepRecorder) -> Tensor:
         dit.recorder = recorder
@@ -104,12 +102,13 @@ def sampling_stage(networks: Networks, limits: Limits, rounds: int, batch: int =
     once = {"work": batch, "flops": flops, "moved": moved}
     modes = {
         "published loop (plain)": Mode(
-            lambda: plain_loop(dit, conditioning, noise, settings),
+            lambda: with_pytorchs_products(lambda: plain_loop(dit, conditioning, noise, settings)),
             *(batch, count_flops(lambda: plain_loop(dit, conditioning, noise, settings)) / batch, 2 * moved),
         ),
-        "context kept, guidance in one call": Mode(lambda: ours(is_prepared=False), **once),
-        "prepared run, weights as they are": Mode(lambda: ours(is_prepared=True, is_packed=False), **once),
-        "prepared run, packed weights (what is used)": Mode(lambda: ours(is_prepared=True), **once),
+        "context kept, guidance in one call": Mode(
+            lambda: with_pytorchs_products(lambda: ours(is_prepared=False)), **once
+        ),
+        "prepared run": Mode(lambda: with_pytorchs_products(lambda: ours(is_prepared=True)), **once),
         "diffusers' Lumina blocks, published loop": Mode(
             _diffusers_loop(networks, conditioning, noise, settings),
             batch,
@@ -117,6 +116,9 @@ def sampling_stage(networks: Networks, limits: Limits, rounds: int, batch: int =
             is_comparable=False,
         ),
     }
+    if device.type == "cpu":
+        modes["prepared run, oneDNN (what is used)"] = Mode(lambda: ours(is_prepared=True), **once)
+        modes["context kept, oneDNN"] = Mode(lambda: ours(is_prepared=False), **once)
     if device.type == "cuda":
         for name, is_compiled in (("recorded as a graph", False), ("compiled and recorded", True)):
             if is_compiled and not can_compile(device):

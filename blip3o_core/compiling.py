@@ -56,7 +56,7 @@ def begin_step(network: nn.Module) -> None:
 def compile_dit(dit: NextDiT, device: torch.device) -> None:
     """Record the steps of sampling runs on a GPU; their layers are compiled where that works, one program for all layers.
 
-    On the CPU nothing is changed: there most of a step is matrix products of packed weights, of which a compiler knows nothing.
+    On the CPU nothing is changed: there most of a step is matrix products that a compiler would hand to a slower library.
     """
     if device.type == "cuda":
         dit.recorder = StepRecorder(record_cuda_graph, is_compiled=can_compile(device))

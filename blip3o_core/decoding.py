@@ -151,8 +151,8 @@ def denoise_latents(
         inputs = scheduler.scale_model_input(latents, timestep).to(dtype)
         begin_step(decoder.unet)
         if is_guided:
-            output = decoder.unet(inputs.repeat(2, 1, 1, 1), device_timesteps[step], **both).sample.to(latents.dtype)
-            away, toward = output.chunk(2)
+            output = decoder.unet(inputs.repeat(2, 1, 1, 1), device_timesteps[step], **both).sample
+            away, toward = output.to(latents.dtype).chunk(2)
             output = away + settings.guidance_scale * (toward - away)
         else:
             # A copy: a recorded graph writes each result over the one before, and some samplers look back.

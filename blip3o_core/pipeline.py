@@ -30,7 +30,7 @@ from .images import (
 )
 from .lora import LoraFile, check_fit, dit_fingerprint, other_base, read_lora
 from .lora_changes import Change, apply_changes
-from .models.onednn import use_onednn
+from .models.linear import use_onednn
 from .noise import MAX_SEED, PublishedNoise, SeededNoise, item_seeds, seeded_noise
 from .offload import stream_layers
 from .presets import PRESETS, Generation
@@ -689,7 +689,7 @@ class Blip3oPipeline:
             network = self._read(name, home if weight_format is None else torch.device("cpu"))
             if weight_format is not None:
                 quantize_network(network, weight_format, home)
-            if self.device.type == "cpu" and name != "dit":  # whose weights are packed for each run
+            if self.device.type == "cpu":
                 use_onednn(network)
             if name in self._streamed:
                 stream_layers(network, self.device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import BadInputError
-from .models.onednn import OneDNNLinear, multiply
+from .models.linear import OneDNNLinear, multiply
 
 if TYPE_CHECKING:  # a network is only needed to look through it
     from collections.abc import Iterator

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import torch
 from torch import Tensor, nn
+
+from ..blip3o_core.models.linear import OneDNNLinear
 
 COUNTERPARTS: dict[type[nn.Module], str] = {
     nn.Linear: "Linear",
@@ -23,8 +26,8 @@ COUNTERPARTS: dict[type[nn.Module], str] = {
 }
 
 
-# Layers that compute with their weights as they are, unless computes_plainly says otherwise.
-PLAIN = tuple(getattr(comfy.ops.disable_weight_init, name) for name in COUNTERPARTS.values())
+class CpuLinear(comfy.ops.disable_weight_init.Linear, OneDNNLinear):
+    """ComfyUI's linear layer; where it neither casts nor patches, the core's layer for the CPU computes."""
 
 
 class FloatRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):
@@ -43,15 +46,6 @@ class FloatRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):
             return weight * normed
 
 
-def computes_plainly(network: nn.Module) -> bool:
-    """Whether no layer of a network casts or patches its weights at use: then they can be read without its forward."""
-    return not any(
-        layer.comfy_cast_weights or layer.weight_function or layer.bias_function
-        for layer in network.modules()
-        if isinstance(layer, comfy.ops.CastWeightBiasOp)
-    )
-
-
 def exchange_layers(network: nn.Module, *, is_cast: bool) -> None:
     """Give every layer of a network that holds weights its ComfyUI class, in place.
 
@@ -59,11 +53,13 @@ def exchange_layers(network: nn.Module, *, is_cast: bool) -> None:
         is_cast: weights are kept in another dtype than they are computed in, and cast at each use.
     """
     ops: Any = comfy.ops.manual_cast if is_cast else comfy.ops.disable_weight_init
+    is_on_cpu = comfy.model_management.get_torch_device().type == "cpu"
     for name, layer in network.named_modules():
         if isinstance(layer, comfy.ops.CastWeightBiasOp):
             continue
         if type(layer) in COUNTERPARTS:
-            layer.__class__ = getattr(ops, COUNTERPARTS[type(layer)])
+            is_faster = is_on_cpu and not is_cast and type(layer) is nn.Linear
+            layer.__class__ = CpuLinear if is_faster else getattr(ops, COUNTERPARTS[type(layer)])
         elif hasattr(layer, "variance_epsilon") and list(dict(layer.named_parameters())) == ["weight"]:
             layer.__class__ = FloatRMSNorm
             layer.comfy_cast_weights = is_cast

@@ -20,7 +20,6 @@ from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.load import load_dit
 from ..blip3o_core.errors import BadInputError
 from ..blip3o_core.lora import dit_fingerprint
-from ..blip3o_core.models.fused_dit import PLAIN_LAYERS, FusedStep, can_fuse
 from ..blip3o_core.models.nextdit import NextDiT
 from . import host, layers, preview
 
@@ -88,8 +87,7 @@ class SamplerDiT(NextDiT):
     """The DiT with the calling convention of ComfyUI's samplers. A loaded NextDiT becomes one by changing its class.
 
     Keys and values of the context are made at the first step of a run and kept as long as its conditioning lives: see
-    FeatureFlow.extra_conds, which makes a new one for each run. On the CPU the weights are packed for a run too; it
-    is known by its table of sigmas, one tensor for all its steps.
+    FeatureFlow.extra_conds, which makes a new one for each run.
     """
 
     dtype: torch.dtype
@@ -101,36 +99,14 @@ class SamplerDiT(NextDiT):
         context: Tensor,
         control: Any = None,
         transformer_options: dict[str, Any] | None = None,
-        is_hooked: bool = False,
         **unused: Any,
     ) -> Tensor:
         if torch.is_grad_enabled():  # training changes the weights in the middle of a run
             return super().forward(x, timesteps, context)
         kept = vars(self).setdefault("_contexts", WeakTensorKeyDictionary())
         if context not in kept:
-            step = self._packed_step(
-                x, None if is_hooked else (transformer_options or {}).get("sample_sigmas")
-            )
-            encoded = self.encode_context(context)
-            kept[context] = step, encoded if step is None else step.prepare_context(encoded)
-        step, encoded = kept[context]
-        if step is None:
-            return super().forward(x, timesteps, context=encoded)
-        times = self.time_caption_embed.embed_timestep(timesteps, x.dtype)
-        factors, out_scale = step.modulations(times[None], encoded.pooled)
-        return step(x, factors[0], out_scale[0], *encoded.tensors)
-
-    def _packed_step(self, x: Tensor, run: Tensor | None) -> FusedStep | None:
-        """The network with its weights packed for a run; None where the layers must be called as they are."""
-        if run is None or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return None
-        steps = vars(self).setdefault("_steps", WeakTensorKeyDictionary())
-        if run not in steps:
-            is_plain = layers.computes_plainly(self) and can_fuse(
-                self, {*PLAIN_LAYERS, *layers.PLAIN, SamplerDiT}
-            )
-            steps[run] = FusedStep(self, x.shape[-2:]) if is_plain else None
-        return steps[run]
+            kept[context] = self.encode_context(context)
+        return super().forward(x, timesteps, context=kept[context])
 
 
 class FeatureFlow(comfy.model_base.BaseModel):
@@ -160,9 +136,7 @@ class FeatureFlow(comfy.model_base.BaseModel):
         if conditioning is not None:
             check_conditioning(conditioning, self.diffusion_model.config.conditioning_dim)
             # Hooks change weights in the middle of a run: what was made with the old ones must not be kept.
-            is_hooked = conds.get("hooks") is not None
-            kind = comfy.conds.CONDRegular if is_hooked else PromptCond
-            found["is_hooked"] = comfy.conds.CONDConstant(is_hooked)
+            kind = comfy.conds.CONDRegular if conds.get("hooks") is not None else PromptCond
             device = conds.get("device", conditioning.device)
             # A copy: the weights may be others when the same conditioning comes again in another run.
             own = conditioning.to(device, self.get_dtype_inference(), copy=True)

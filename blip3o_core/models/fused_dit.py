@@ -1,7 +1,7 @@
 """The NextDiT rearranged for one sampling run: the same numbers from fewer, larger and cheaper operations.
 
 What depends on the weights, the prompt or the noise level alone is computed before the first step: the modulations of
-all noise levels in one product per layer, gated values of the context, packed weights. Only for networks whose layers
+all noise levels in one product per layer, gated values of the context. Only for networks whose layers
 are plain and need no gradients, see can_fuse; NextDiT.forward is the reference for every number here.
 
 Letters: B rows, R of them with a real prompt, N feature tokens, D model width, h heads, d head width, T noise levels.
@@ -9,14 +9,14 @@ Letters: B rows, R of them with a real prompt, N feature tokens, D model width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import GatedLinears, ParallelLinears
+from .linear import OneDNNLinear, ParallelLinears, multiply
 from .nextdit import (
     AdaptiveRMSNorm,
     Attention,
@@ -37,23 +37,23 @@ from .nextdit import (
 # Modulations are kept for so many noise levels at a time.
 MODULATION_BYTES = 64 * 2**20
 PLAIN_LAYERS = (
-    *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.ModuleList, nn.Sequential),
+    *(nn.Linear, OneDNNLinear, nn.LayerNorm, nn.RMSNorm, nn.ModuleList, nn.Sequential),
     *(NextDiT, NextDiTBlock, AdaptiveRMSNorm, Attention, CaptionProjection, FeedForward, OutputNorm),
     *(PatchEmbedder, TimeCaptionEmbedding, TimestepMLP),
 )
 
 
-def can_fuse(dit: nn.Module, plain_layers: Collection[type] = PLAIN_LAYERS) -> bool:
-    """Whether a DiT consists of plain layers, all on one device, outside training.
+def can_fuse(dit: nn.Module) -> bool:
+    """Whether a DiT consists of its own plain layers, all on one device, outside training.
 
     A wrapped layer (an adapter, a host's or an accelerator's hooks) computes in a way of its own and must be called.
     """
     return (
-        type(dit) in plain_layers
+        type(dit) is NextDiT
         and not torch.is_grad_enabled()
         and len({parameter.device for parameter in dit.parameters()}) == 1
         and all(
-            type(module) in plain_layers
+            type(module) in PLAIN_LAYERS
             and not module._forward_hooks
             and not module._forward_pre_hooks
             and "forward" not in vars(module)
@@ -99,8 +99,7 @@ class FusedStep:
         self.dit = dit
         weight = dit.patch_embedder.proj.weight
         self.rotary = rotary_table(*grid_size, dit.config.head_dim, weight.device)
-        rows = 2 * grid_size[0] * grid_size[1]
-        self.layers = [FusedLayer(layer, rows) for layer in dit.layers]
+        self.layers = [FusedLayer(layer) for layer in dit.layers]
         self.call_layer = call_layer or FusedLayer.__call__
 
     def __call__(
@@ -132,10 +131,10 @@ class FusedStep:
         """Factors of all layers, (T, layers, B, 4, 1, D), and of the output norm, (T, B, 1, D), norm weights included.
 
         Args:
-            times: embedded timesteps, (T, B or 1, time_dim).
+            times: embedded timesteps, (T, time_dim).
             pooled: (B, time_dim).
         """
-        embedding = F.silu(times + pooled)
+        embedding = F.silu(times[:, None] + pooled)  # (T, B, time_dim)
         levels, batch, _ = embedding.shape
         factors = embedding.new_empty(levels, len(self.layers), batch, 4, 1, self.dit.config.dim)
         for index, layer in enumerate(self.layers):
@@ -192,7 +191,7 @@ class FusedDiT:
         size = max(1, min(len(self.times), MODULATION_BYTES // level_bytes))
         first = index // size * size
         if self._chunks.get(id(context), (-1,))[0] != first:
-            made = self.step.modulations(self.times[first : first + size, None], context.pooled)
+            made = self.step.modulations(self.times[first : first + size], context.pooled)
             self._chunks[id(context)] = (first, *made)
         _, factors, out_scales = self._chunks[id(context)]
         return factors[index - first], out_scales[index - first]
@@ -201,14 +200,11 @@ class FusedDiT:
 class FusedLayer:
     """A block of the network: layers that read the same input together, modulations instead of a time embedding."""
 
-    def __init__(self, layer: NextDiTBlock, rows: int) -> None:
+    def __init__(self, layer: NextDiTBlock) -> None:
         self.layer = layer
-        own, cross, feed_forward = layer.attn1, layer.attn2, layer.feed_forward
-        self.inputs = ParallelLinears([own.to_q, own.to_k, own.to_v], rows)
-        self.cross_query = ParallelLinears([cross.to_q], rows)
-        self.output = ParallelLinears([cross.to_out[0]], rows)
-        self.gated = GatedLinears(feed_forward.linear_1, feed_forward.linear_3, rows)
-        self.feed_forward_out = ParallelLinears([feed_forward.linear_2], rows)
+        own, feed_forward = layer.attn1, layer.feed_forward
+        self.inputs = ParallelLinears(own.to_q, own.to_k, own.to_v)
+        self.gate_and_up = ParallelLinears(feed_forward.linear_1, feed_forward.linear_3)
 
     def modulations(self, embedding: Tensor, out: Tensor) -> None:
         """Write the factors for (T, B, time_dim) into (T, B, 4, 1, D): into attention, out of it, and of the feed-forward."""
@@ -233,9 +229,10 @@ class FusedLayer:
         """(B, N, D) -> (B, N, D) with modulations (B, 4, 1, D), keys and values (R, h, L, d) and constant (1, 1, h, d)."""
         attention_in, attention_out, feed_forward_in, feed_forward_out = modulations.unbind(1)
         attended = self._attend(_normalise(hidden_states) * attention_in, rotary, key, value, constant)
-        (mixed,) = self.output(attended)
+        mixed = multiply(attended, self.layer.attn2.to_out[0].weight)
         hidden_states = torch.addcmul(hidden_states, _normalise(mixed), attention_out)
-        (fed,) = self.feed_forward_out(self.gated(_normalise(hidden_states) * feed_forward_in))
+        gate, up = self.gate_and_up(_normalise(hidden_states) * feed_forward_in)
+        fed = multiply(F.silu(gate) * up, self.layer.feed_forward.linear_2.weight)
         return torch.addcmul(hidden_states, _normalise(fed), feed_forward_out)
 
     def _attend(
@@ -254,7 +251,7 @@ class FusedLayer:
             own.split(own_value),
         ).transpose(1, 2)  # (B, N, h, d)
         rows = key.shape[0]
-        (cross_query,) = self.cross_query(normed[:rows])
+        cross_query = multiply(normed[:rows], cross.to_q.weight)
         cross_query = apply_rotary(cross.split(cross.norm_q(cross_query)), rotary)
         attended[:rows] += attention(cross_query, key, value).transpose(1, 2)
         if constant is not None:

@@ -8,28 +8,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
+# Below so many products the call itself takes longer than it saves.
+WORTHWHILE_PRODUCTS = 2**21
 # Where one product of several times the width keeps more of the device busy.
 JOINING_DEVICES = ("cuda",)
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies with this weight: a CPU, float32 or bfloat16, a PyTorch built with it.
+def has_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies with this weight sooner than PyTorch: float32 on a CPU, a PyTorch built with it.
 
-    PyTorch's float32 products go to MKL, which leaves the wide registers of other makers' processors unused; oneDNN does not.
+    PyTorch's own float32 products go to MKL, which leaves the wide registers of other makers' processors unused. In
+    bfloat16 it goes to oneDNN by itself.
     """
     return (
         weight.device.type == "cpu"
-        and weight.dtype in PACKED_DTYPES
+        and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
 
 
-def pack(weight: Tensor, rows: int) -> Tensor:
-    """A copy of a (out, in) weight in oneDNN's layout; `rows` of input are expected at a time, any number works."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+def multiply(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear without gradients, up to rounding; (..., in), (out, in) -> (..., out)."""
+    if (
+        torch.compiler.is_compiling()  # it knows no such products with weights that may change
+        or hidden_states.dtype != weight.dtype
+        or hidden_states.numel() * weight.shape[0] < WORTHWHILE_PRODUCTS
+        or not has_onednn(weight)
+    ):
+        return F.linear(hidden_states, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, "none", [], "")
+
+
+class OneDNNLinear(nn.Linear):
+    """nn.Linear that computes with `multiply` where no gradients are wanted."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return super().forward(hidden_states)
+        return multiply(hidden_states, self.weight, self.bias)
+
+
+def use_onednn(network: nn.Module) -> None:
+    """Give every plain linear layer of a network on the CPU the class that multiplies faster there; weights stay."""
+    for layer in network.modules():
+        if type(layer) is nn.Linear and has_onednn(layer.weight):
+            layer.__class__ = OneDNNLinear
 
 
 def join(linears: Sequence[nn.Linear]) -> Tensor:
@@ -38,10 +62,8 @@ def join(linears: Sequence[nn.Linear]) -> Tensor:
     first = weights[0]
     place = first.data_ptr()
     for weight in weights:
-        if (
-            weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-            or weight.data_ptr() != place
-        ):
+        is_beside = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not is_beside or weight.data_ptr() != place:
             break
         place += weight.nbytes
     else:  # joined by an earlier run
@@ -54,44 +76,16 @@ def join(linears: Sequence[nn.Linear]) -> Tensor:
 
 
 class ParallelLinears:
-    """Linear layers that read the same input.
+    """Linear layers without biases, hooks or gradients that read the same input."""
 
-    Args:
-        linears: without hooks or gradients, and without biases when there are several.
-        rows: rows of input to expect.
-    """
-
-    def __init__(self, linears: Sequence[nn.Linear], rows: int) -> None:
+    def __init__(self, *linears: nn.Linear) -> None:
         self.linears = linears
-        weight = linears[0].weight
-        self.packed = [pack(linear.weight, rows) for linear in linears] if can_pack(weight) else None
-        self.joined: Tensor | None = None
-        if weight.device.type in JOINING_DEVICES and len(linears) > 1:
-            self.joined = join(linears)
         self.sizes = [linear.out_features for linear in linears]
+        is_joined = linears[0].weight.device.type in JOINING_DEVICES
+        self.joined = join(linears) if is_joined else None
 
     def __call__(self, hidden_states: Tensor) -> Sequence[Tensor]:
         """The output of each layer."""
-        if self.packed is not None:
-            return [
-                torch.ops.mkldnn._linear_pointwise(hidden_states, weight, linear.bias, "none", [], "")
-                for weight, linear in zip(self.packed, self.linears, strict=True)
-            ]
         if self.joined is not None:
             return F.linear(hidden_states, self.joined).split(self.sizes, dim=-1)
-        return [linear(hidden_states) for linear in self.linears]
-
-
-class GatedLinears:
-    """silu(gate(x)) * up(x), the inner half of a SwiGLU."""
-
-    def __init__(self, gate: nn.Linear, up: nn.Linear, rows: int) -> None:
-        self.both = ParallelLinears([gate, up], rows)
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        if self.both.packed is None:
-            gate, up = self.both(hidden_states)
-            return F.silu(gate) * up
-        gate_weight, up_weight = self.both.packed
-        gate = torch.ops.mkldnn._linear_pointwise(hidden_states, gate_weight, None, "swish", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(hidden_states, gate, up_weight, None, "mul")
+        return [multiply(hidden_states, linear.weight) for linear in self.linears]

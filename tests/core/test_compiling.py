@@ -94,26 +94,21 @@ def test_a_shape_is_recorded_once_and_only_the_latest_are_kept() -> None:
 
 def test_weights_changed_in_place_count_and_moved_ones_are_recorded_again() -> None:
     dit, plain = tiny_models.build_dit(), tiny_models.build_dit()
-    # Packed weights are copies: on a GPU recordings read the weights themselves.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "can_pack", lambda weight: False)
-        recordings = recorded(dit)
-        draw(dit)
-        for network in (dit, plain):
-            network.layers[0].attn1.to_v.weight.mul_(2)
-        torch.testing.assert_close(draw(dit), draw(plain), rtol=1e-5, atol=1e-5)
-        assert recordings.made == 1
-        for network in (dit, plain):
-            network.layers[0].attn1.to_v.weight = torch.nn.Parameter(
-                network.layers[0].attn1.to_v.weight * -1, requires_grad=False
-            )
-        torch.testing.assert_close(draw(dit), draw(plain), rtol=1e-5, atol=1e-5)
-        assert recordings.made == 2
+    recordings = recorded(dit)
+    draw(dit)
+    for network in (dit, plain):
+        network.layers[0].attn1.to_v.weight.mul_(2)
+    torch.testing.assert_close(draw(dit), draw(plain), rtol=1e-5, atol=1e-5)
+    assert recordings.made == 1
+    for network in (dit, plain):
+        layer = network.layers[0].attn1.to_v
+        layer.weight = torch.nn.Parameter(layer.weight * -1, requires_grad=False)
+    torch.testing.assert_close(draw(dit), draw(plain), rtol=1e-5, atol=1e-5)
+    assert recordings.made == 2
 
 
 def test_joined_weights_are_not_joined_again_in_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where projections of one input are joined."""
-    monkeypatch.setattr(linear, "can_pack", lambda weight: False)
     monkeypatch.setattr(linear, "JOINING_DEVICES", ("cpu",))
     dit, plain = tiny_models.build_dit(), tiny_models.build_dit()
     recordings = recorded(dit)
@@ -181,9 +176,8 @@ def needs_compiler() -> None:
 
 
 @pytest.mark.slow
-def test_all_layers_share_one_compiled_program_that_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_layers_share_one_compiled_program_that_draws_the_same() -> None:
     needs_compiler()
-    monkeypatch.setattr(linear, "can_pack", lambda weight: False)
     dit, plain = tiny_models.build_dit(), tiny_models.build_dit()
     assert len(dit.layers) > 1
     dit.recorder = StepRecorder(Recordings(), is_compiled=True)

@@ -42,41 +42,11 @@ def test_velocities_are_those_of_the_plain_network(variant: str) -> None:
     assert (plain[0] - plain[1]).abs().max() > 1e-2
 
 
-def test_weights_that_cannot_be_packed_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "can_pack", lambda weight: False)
+@pytest.mark.parametrize("devices", [(), ("cpu",)])
+def test_joined_projections_give_the_same(devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "JOINING_DEVICES", devices)
     ours, plain = velocities(tiny_models.build_dit())
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
-
-
-def test_a_joined_projection_gives_the_same_as_several() -> None:
-    layers = [torch.nn.Linear(6, width, bias=False) for width in (4, 3)]
-    together = linear.ParallelLinears(layers, rows=5)
-    together.packed, together.joined = None, torch.cat([layer.weight for layer in layers])
-    features = torch.randn(5, 6)
-    for ours, layer in zip(together(features), layers, strict=True):
-        torch.testing.assert_close(ours, layer(features))
-
-
-def test_joined_weights_become_parts_of_one_tensor_and_keep_their_values() -> None:
-    layers = [torch.nn.Linear(6, width, bias=False).requires_grad_(False) for width in (4, 3, 2)]
-    before = [layer.weight.clone() for layer in layers]
-    joined = linear.join(layers)
-    torch.testing.assert_close(joined, torch.cat(before), rtol=0, atol=0)
-    assert {layer.weight.untyped_storage().data_ptr() for layer in layers} == {joined.data_ptr()}
-    for layer, weight in zip(layers, before, strict=True):
-        torch.testing.assert_close(layer.weight.data, weight, rtol=0, atol=0)
-    again = linear.join(layers)
-    assert again.data_ptr() == joined.data_ptr()
-    layers[1].weight.mul_(2)
-    torch.testing.assert_close(again[4:7], before[1] * 2)
-
-
-def test_weights_that_have_moved_apart_are_joined_again() -> None:
-    layers = [torch.nn.Linear(6, width, bias=False).requires_grad_(False) for width in (4, 3)]
-    linear.join(layers)
-    moved = torch.randn(3, 6)
-    layers[1].weight.data = moved.clone()
-    torch.testing.assert_close(linear.join(layers), torch.cat([layers[0].weight, moved]), rtol=0, atol=0)
 
 
 def test_modulations_are_made_for_a_few_noise_levels_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ spec.loader.exec_module(package)
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint  # noqa: E402
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_dit  # noqa: E402
 from comfyui_blip3o.blip3o_core.flow import sigma_schedule  # noqa: E402
-from comfyui_blip3o.blip3o_core.models.fused_dit import FusedStep  # noqa: E402
+from comfyui_blip3o.blip3o_core.models import linear  # noqa: E402
 from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_tokens  # noqa: E402
 from comfyui_blip3o.nodes import drawing, load, native_decoder, native_dit  # noqa: E402
 
@@ -285,18 +285,7 @@ def check_kept_context() -> None:
     patcher = native_dit.load_dit_patcher(FOLDER, "fp32")
     network = patcher.model.diffusion_model
     calls: list[int] = []
-    steps: list[object] = []
-    encode, packed = network.encode_context, network._packed_step
-
-    def count_contexts(*inputs: object, **options: object) -> object:
-        calls.append(1)
-        return encode(*inputs, **options)
-
-    def watch_steps(*inputs: object) -> object:
-        steps.append(packed(*inputs))
-        return steps[-1]
-
-    network.encode_context, network._packed_step = count_contexts, watch_steps
+    network.caption_projection.register_forward_hook(lambda *unused: calls.append(1))
     prompt, noise = golden["text.hidden_states"], golden["text.noise"]
     lora = {"layers.0.attn2.to_v": torch.ones_like(network.layers[0].attn2.to_v.weight)}
     hooks = comfy.hooks.HookGroup()
@@ -307,7 +296,6 @@ def check_kept_context() -> None:
 
     def run(model: object, batch: int = 1, **options: object) -> torch.Tensor:
         calls.clear()
-        steps.clear()
         conds = [[[prompt, dict(options)]], [[torch.zeros_like(prompt), {}]]]
         start = noise.expand(batch, -1, -1, -1)
         return comfy.sample.sample(
@@ -318,18 +306,10 @@ def check_kept_context() -> None:
 
     plain = run(patcher)
     result["one context for all steps"] = len(calls) == 1
-    result["weights are packed once for all steps"] = len(steps) == 1 and isinstance(steps[0], FusedStep)
-    plain_layers = native_dit.layers.computes_plainly
-    native_dit.layers.computes_plainly = lambda network: False
-    called = run(patcher)
-    native_dit.layers.computes_plainly = plain_layers
-    result["layers that patch at use are called"] = set(steps) == {None}
-    record("packed steps against called layers", plain, called)
     batch = run(patcher, 3)
     result["one context for a batch"] = len(calls) == 1
     record("each of a batch draws the same", batch, plain.expand(3, -1, -1, -1))
-    steps.clear()
-    result["no context outlives its run"] = not vars(network)["_contexts"] and not vars(network)["_steps"]
+    result["no context outlives its run"] = len(vars(network)["_contexts"]) == 0
     patched = patcher.clone()
     patched.add_patches(hook.weights, 0.5)
     with_lora = run(patched)
@@ -344,10 +324,6 @@ def check_kept_context() -> None:
     record("the run after a patch is the one before it", run(patcher), plain)
     hooked = run(patcher, hooks=hooks)
     result["a hooked prompt is encoded at every step"] = len(calls) > 6
-    result["hooked layers are called"] = None in steps
-    native_dit.layers.computes_plainly = lambda network: False
-    record("a hooked run against called layers", hooked, run(patcher, hooks=hooks))
-    native_dit.layers.computes_plainly = plain_layers
     both = patcher.clone()
     result["a hook changes what the prompt draws"] = not torch.allclose(hooked, run(both), atol=1e-3)
     with torch.inference_mode(False), torch.enable_grad():
@@ -360,6 +336,21 @@ def check_kept_context() -> None:
         for _ in range(2):
             network(x, timestep, context.clone())
         result["training keeps no context"] = len(calls) == 2 and len(vars(network)["_contexts"]) == 0
+
+
+def check_cpu_layers() -> None:
+    """On the CPU linear layers that neither cast nor patch go to oneDNN."""
+    patcher = native_dit.load_dit_patcher(FOLDER, "fp32")
+    inputs = (golden["dit.x"], golden["dit.timestep"].float(), golden["dit.z"])
+    network = patcher.model.diffusion_model
+    result["the CPU's linear layers are the core's"] = all(
+        isinstance(layer, linear.OneDNNLinear)
+        for layer in network.modules()
+        if isinstance(layer, torch.nn.Linear)
+    )
+    before, linear.WORTHWHILE_PRODUCTS = linear.WORTHWHILE_PRODUCTS, 0
+    record("dit.velocity by oneDNN", network(*inputs), golden["dit.velocity"])
+    linear.WORTHWHILE_PRODUCTS = before
 
 
 def check_compiled() -> None:
@@ -390,6 +381,7 @@ with torch.inference_mode():
     for check in (
         check_dit,
         check_kept_context,
+        check_cpu_layers,
         check_compiled,
         check_loader_text,
         check_decoder,

@@ -1,4 +1,4 @@
-"""Linear layers multiplied by oneDNN: the numbers of nn.Linear up to rounding, and where the exchange keeps out."""
+"""Linear layers multiplied by oneDNN or joined: the numbers of nn.Linear, and where an exchange keeps out."""
 
 from pathlib import Path
 
@@ -7,14 +7,13 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from comfyui_blip3o.blip3o_core.decoding import PixelSettings
-from comfyui_blip3o.blip3o_core.models import onednn
-from comfyui_blip3o.blip3o_core.models.linear import can_pack
-from comfyui_blip3o.blip3o_core.models.onednn import OneDNNLinear, multiply, use_onednn
+from comfyui_blip3o.blip3o_core.models import linear
+from comfyui_blip3o.blip3o_core.models.linear import OneDNNLinear, has_onednn, multiply, use_onednn
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-needs_onednn = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="this PyTorch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not has_onednn(torch.zeros(1)), reason="this PyTorch has no oneDNN")
 
 
 class OpNames(TorchDispatchMode):
@@ -41,7 +40,7 @@ def is_multiplied_by_onednn(*arguments: torch.Tensor) -> bool:
 def test_products_are_those_of_pytorch_up_to_rounding(
     shape: tuple[int, ...], has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onednn, "WORTHWHILE_PRODUCTS", 0)
+    monkeypatch.setattr(linear, "WORTHWHILE_PRODUCTS", 0)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(*shape, generator=generator)
     weight, bias = torch.randn(40, 96, generator=generator), torch.randn(40, generator=generator)
@@ -62,7 +61,7 @@ def test_small_products_and_other_dtypes_stay_with_pytorch() -> None:
 
 @needs_onednn
 def test_gradients_and_autocast_are_those_of_a_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "WORTHWHILE_PRODUCTS", 0)
+    monkeypatch.setattr(linear, "WORTHWHILE_PRODUCTS", 0)
     plain = nn.Linear(8, 4)
     layer = nn.Linear(8, 4)
     layer.load_state_dict(plain.state_dict())
@@ -75,7 +74,7 @@ def test_gradients_and_autocast_are_those_of_a_plain_layer(monkeypatch: pytest.M
         assert torch.equal(layer(features), plain(features))
 
 
-def test_only_plain_layers_in_float32_or_bfloat16_are_exchanged() -> None:
+def test_only_plain_layers_in_float32_are_exchanged() -> None:
     class Hosted(nn.Linear):
         pass
 
@@ -87,8 +86,8 @@ def test_only_plain_layers_in_float32_or_bfloat16_are_exchanged() -> None:
 
 
 @needs_onednn
-@pytest.mark.parametrize("part", ["prompt", "picture", "features"])
-def test_a_pipeline_on_the_cpu_reads_looks_and_paints_with_it(
+@pytest.mark.parametrize("part", ["prompt", "picture", "sampling", "features"])
+def test_a_pipeline_on_the_cpu_reads_looks_samples_and_paints_with_it(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu")
@@ -98,19 +97,38 @@ def test_a_pipeline_on_the_cpu_reads_looks_and_paints_with_it(
             return pipeline.encode_prompts("a red circle")
         if part == "picture":
             return pipeline.encode_images([tiny_models.picture()])
+        if part == "sampling":
+            conditioning = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+            return pipeline.sample_features(conditioning, [0])
         features = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
         return pipeline.decode(features, [0], settings=PixelSettings(steps=2))
 
-    monkeypatch.setattr(onednn, "WORTHWHILE_PRODUCTS", float("inf"))
+    monkeypatch.setattr(linear, "WORTHWHILE_PRODUCTS", float("inf"))
     plain = run()
-    monkeypatch.setattr(onednn, "WORTHWHILE_PRODUCTS", 0)
+    monkeypatch.setattr(linear, "WORTHWHILE_PRODUCTS", 0)
     with OpNames() as ops:
         ours = run()
     assert "mkldnn::_linear_pointwise" in ops.names
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
-@needs_onednn
-def test_the_dit_keeps_its_plain_layers_that_a_run_packs(tiny_folder: Path) -> None:
-    pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu")
-    assert not any(isinstance(module, OneDNNLinear) for module in pipeline.dit.modules())
+def test_joined_weights_become_parts_of_one_tensor_and_keep_their_values() -> None:
+    layers = [torch.nn.Linear(6, width, bias=False).requires_grad_(False) for width in (4, 3, 2)]
+    before = [layer.weight.clone() for layer in layers]
+    joined = linear.join(layers)
+    torch.testing.assert_close(joined, torch.cat(before), rtol=0, atol=0)
+    assert {layer.weight.untyped_storage().data_ptr() for layer in layers} == {joined.data_ptr()}
+    for layer, weight in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.weight.data, weight, rtol=0, atol=0)
+    again = linear.join(layers)
+    assert again.data_ptr() == joined.data_ptr()
+    layers[1].weight.mul_(2)
+    torch.testing.assert_close(again[4:7], before[1] * 2)
+
+
+def test_weights_that_have_moved_apart_are_joined_again() -> None:
+    layers = [torch.nn.Linear(6, width, bias=False).requires_grad_(False) for width in (4, 3)]
+    linear.join(layers)
+    moved = torch.randn(3, 6)
+    layers[1].weight.data = moved.clone()
+    torch.testing.assert_close(linear.join(layers), torch.cat([layers[0].weight, moved]), rtol=0, atol=0)
