@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--checkpoint", type=Path, help="large checkpoint for the stage load (default: a random one)")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="large checkpoint for the stage load (default: a random one)"
+    )
     parser.add_argument("--machine", default=describe_machine(), help="what the tables call this machine")
     parser.add_argument("--name", help="write results/NAME.md and results/NAME.json")
     parser.add_argument("--child", nargs=2, metavar=("STAGE", "SIZE"), help=argparse.SUPPRESS)
