@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -16,12 +15,11 @@ import torch.nn.functional as F
 from comfyui_blip3o.blip3o_core import quantize
 from comfyui_blip3o.blip3o_core.answer_steps import AnswerRecorder, PlainSteps
 from comfyui_blip3o.blip3o_core.compiling import can_compile, record_cuda_graph
-from comfyui_blip3o.blip3o_core.models import onednn
 from comfyui_blip3o.blip3o_core.models.backbone import Backbone
 from comfyui_blip3o.blip3o_core.prefixes import KeptChat
 from comfyui_blip3o.blip3o_core.rows import EncodedRow, PixelLimits
 from comfyui_blip3o.blip3o_core.understanding import AnswerSettings, Turn, continue_rows, encode_chat
-from common import Limits, Mode, Row, compare, count_flops
+from common import Limits, Mode, Row, compare, count_flops, pytorch_products
 from networks import Networks
 from PIL import Image
 from torch import Tensor
@@ -46,15 +44,11 @@ def ask_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
         return continue_rows(backbone, tokenizer, [row], device=device, settings=settings, kept=kept)[0]
 
     def as_pytorch_multiplies() -> list[int]:
-        with _pytorch_products():
+        with pytorch_products():
             return answer(row)
 
-    with _pytorch_products():  # the counter knows no others
-        read = count_flops(
-            lambda: continue_rows(
-                backbone, tokenizer, [row], device=device, settings=replace(settings, max_new_tokens=1)
-            )
-        )
+    first_token = replace(settings, max_new_tokens=1)
+    read = count_flops(lambda: continue_rows(backbone, tokenizer, [row], device=device, settings=first_token))
     # First the picture and the question are read, then every token reads the weights: the limit is the sum.
     written = ANSWER_TOKENS * _bytes_per_token(backbone)
     moved = written + read / limits.flops * limits.bandwidth
@@ -157,12 +151,6 @@ def _bytes_per_token(backbone: Backbone) -> int:
     return sum(
         tensor.nbytes for part in parts for tensor in itertools.chain(part.parameters(), part.buffers())
     )
-
-
-@contextmanager
-def _pytorch_products() -> Iterator[None]:
-    with mock.patch.object(onednn, "WORTHWHILE_PRODUCTS", float("inf")):
-        yield
 
 
 def _transformers_answer(networks: Networks, row: EncodedRow) -> Callable[[], list[int]]:
