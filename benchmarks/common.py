@@ -35,7 +35,7 @@ COLUMNS = {
     "difference": "difference",
     "peak_device_gb": "peak device, GB",
     "peak_host_gb": "peak host, GB",
-    "read_gb": "read, GB",
+    "read_gb": "read from disk, GB",
     "note": "note",
 }
 
@@ -51,7 +51,7 @@ class Row:
         limit_seconds: what the machine needs at least for the bytes and the arithmetic of this mode.
         difference: from the plain result, in units of its spread; or as the note says.
         peak_device_gb, peak_host_gb: most memory while it ran; the host's is of the process so far.
-        read_gb: bytes of weight files.
+        read_gb: bytes that came from the disk.
     """
 
     stage: str
