@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--name", help="write results/NAME.md and results/NAME.json")
     parser.add_argument("--child", nargs=2, metavar=("STAGE", "SIZE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA device here; leave --device out to measure the CPU")
     if arguments.child:
         torch.set_num_threads(arguments.threads)
         print(json.dumps(run_stage(*arguments.child, arguments)))
