@@ -1,11 +1,37 @@
-"""Networks that are larger than the device: their layers visit it one after the other, the next is fetched meanwhile."""
+"""Networks that do not stay on the device: they visit it, as a whole or layer by layer."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from .errors import Blip3oError
+
+
+@contextmanager
+def visit(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let copies of a network's weights be on the device for a while; the weights themselves stay in main memory.
+
+    Nothing is copied back, and what is mapped from a file stays mapped.
+    """
+    homes = [
+        (owner, name, tensor, tensor.data)
+        for module in network.modules()
+        for owner in (module._parameters, module._buffers)
+        for name, tensor in owner.items()
+        if tensor is not None
+    ]
+    try:
+        network.to(device)
+        yield
+    finally:
+        # Moving gives a parameter other data, and for some devices a layer another parameter.
+        for owner, name, tensor, data in homes:
+            tensor.data = data
+            owner[name] = tensor
 
 
 def stream_layers(network: nn.Module, device: torch.device) -> nn.Module:

@@ -32,7 +32,7 @@ from .lora import LoraFile, check_fit, dit_fingerprint, other_base, read_lora
 from .lora_changes import Change, apply_changes
 from .models.linear import use_onednn
 from .noise import MAX_SEED, PublishedNoise, SeededNoise, item_seeds, seeded_noise
-from .offload import stream_layers
+from .offload import stream_layers, visit
 from .presets import PRESETS, Generation
 from .prompts import SYSTEM_PROMPT, TextTokenizer
 from .quantize import check_format, quantize_network
@@ -726,13 +726,12 @@ class Blip3oPipeline:
         if not self.offload or name in self._streamed:
             yield component
             return
-        component.to(self.device)
-        try:
-            yield component
-        finally:
-            component.to("cpu")
-            if name == "dit" and component.recorder is not None:
-                component.recorder.forget()
+        with visit(component, self.device):
+            try:
+                yield component
+            finally:
+                if name == "dit" and component.recorder is not None:
+                    component.recorder.forget()
 
     def _question_row(
         self, question: str, images: Sequence[Image.Image], min_pixels: int | None, max_pixels: int | None

@@ -5,6 +5,7 @@ import logging
 import random
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -429,23 +430,25 @@ def test_offload_gives_the_same_pictures_and_answers(tiny_folder: Path, pipeline
     assert moving.ask(*question) == pipeline.ask(*question)
 
 
-def test_offload_moves_a_network_only_while_it_works(
+def test_offload_lets_a_network_visit_only_while_it_works(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu", offload=True)
-    moves: list[tuple[str, str]] = []
-    real = torch.nn.Module.to
+    visits: list[str] = []
 
-    def to(self: torch.nn.Module, *arguments: object, **options: object) -> torch.nn.Module:
-        moves.append((type(self).__name__, str(arguments[0] if arguments else options)))
-        return real(self, "cpu")
+    @contextmanager
+    def visit(network: torch.nn.Module, device: torch.device) -> Iterator[None]:
+        assert device == pipeline.device
+        visits.append(f"{type(network).__name__} comes")
+        try:
+            yield
+        finally:
+            visits.append(f"{type(network).__name__} goes")
 
-    pipeline.load("backbone", "dit", "decoder")
-    monkeypatch.setattr(torch.nn.Module, "to", to)
-    monkeypatch.setattr(pipeline, "device", torch.device("cpu", 0))  # tells "there" from "back"
+    monkeypatch.setattr(pipeline_module, "visit", visit)
     with pytest.raises(Stop):
         pipeline.generate("red", on_feature_step=stop_at(1), **QUICK)
-    assert moves == [("Backbone", "cpu:0"), ("Backbone", "cpu"), ("NextDiT", "cpu:0"), ("NextDiT", "cpu")]
+    assert visits == ["Backbone comes", "Backbone goes", "NextDiT comes", "NextDiT goes"]
 
 
 def resident_bytes() -> int:
