@@ -18,6 +18,7 @@ from comfyui_blip3o.blip3o_core import prefixes, sampling
 from comfyui_blip3o.blip3o_core.compiling import StepRecorder, can_compile, compile_network, record_cuda_graph
 from comfyui_blip3o.blip3o_core.decoding import PixelSettings, decode_features
 from comfyui_blip3o.blip3o_core.flow import sigma_schedule, whole_timesteps
+from comfyui_blip3o.blip3o_core.models.decoder import Decoder
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.blip3o_core.presets import PRESETS
 from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_tokens
@@ -178,26 +179,27 @@ def decode_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
     shape = networks.latent_shape(fast)
     noise = torch.randn(4, *shape, generator=generator).to(device)
 
-    def decode(settings: PixelSettings, count: int = 1) -> Tensor:
-        return decode_features(decoder, features[:count], noise=noise[:count], settings=settings)
+    first = Networks(networks.size, device, networks.dtype).decoder.to(memory_format=torch.contiguous_format)
 
-    is_last = device.type == "cuda"  # see Blip3oPipeline
-    other = Networks(networks.size, device, networks.dtype).decoder
-    other.to(memory_format=torch.contiguous_format if is_last else torch.channels_last)
+    def decode(settings: PixelSettings, count: int = 1, by: Decoder = decoder) -> Tensor:
+        return decode_features(by, features[:count], noise=noise[:count], settings=settings)
+
+    def plain() -> Tensor:
+        with pytorch_products():
+            return decode(PixelSettings(), by=first)
+
     unet_bytes = weight_bytes(decoder.unet)
+    published = (1, count_flops(plain), 50 * unet_bytes)
     flops = count_flops(lambda: decode(fast))
     note = "other steps, another picture: see the quality table"
     modes = {
-        "published, Euler 50 (plain)": Mode(
-            lambda: decode(PixelSettings()), 1, count_flops(lambda: decode(PixelSettings())), 50 * unet_bytes
-        ),
+        "published, Euler 50 (plain)": Mode(plain, *published),
+        "published, Euler 50": Mode(lambda: decode(PixelSettings()), *published),
         "fast preset": Mode(
             lambda: decode(fast), 1, flops, fast.steps * unet_bytes, note, is_comparable=False
         ),
-        "fast preset, channels first" if is_last else "fast preset, channels last": Mode(
-            lambda: decode_features(other, features[:1], noise=noise[:1], settings=fast),
-            *(1, flops, fast.steps * unet_bytes, note),
-            is_comparable=False,
+        "fast preset, channels first": Mode(
+            lambda: decode(fast, by=first), 1, flops, fast.steps * unet_bytes, note, is_comparable=False
         ),
         "fast preset, four at a time": Mode(
             lambda: decode(fast, 4), 4, flops, fast.steps * unet_bytes / 4, note, is_comparable=False
@@ -207,8 +209,7 @@ def decode_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
         compiled = Networks(networks.size, device, networks.dtype)
         compile_network(compiled.decoder.unet, device)
         modes["fast preset, compiled"] = Mode(
-            lambda: decode_features(compiled.decoder, features[:1], noise=noise[:1], settings=fast),
-            *(1, flops, fast.steps * unet_bytes, note),
+            *(lambda: decode(fast, by=compiled.decoder), 1, flops, fast.steps * unet_bytes, note),
             is_comparable=False,
         )
     return compare("decode", networks.size, modes, device=device, rounds=rounds, limits=limits)

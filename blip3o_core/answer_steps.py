@@ -227,6 +227,5 @@ def _keys_then_values(cache: DynamicCache) -> list[Tensor]:
 
 
 def record_answers(backbone: Backbone, device: torch.device) -> None:
-    """Record the steps of answers on a GPU, compiled where that works. On the CPU nothing is changed: see the benchmarks."""
-    if device.type == "cuda":
-        backbone.recorder = AnswerRecorder(record_cuda_graph, is_compiled=can_compile(device))
+    """Record the steps of answers, compiled where that works."""
+    backbone.recorder = AnswerRecorder(record_cuda_graph, is_compiled=can_compile(device))

@@ -1,4 +1,4 @@
-"""torch.compile and recorded CUDA graphs, where they work: the networks that draw."""
+"""torch.compile and recorded CUDA graphs, where they work. For GPUs: on the CPU neither pays, see the benchmarks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Record = Callable[[Callable[..., Tensor], Sequence[Tensor]], Callable[[], Tensor
 
 @cache
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here; it needs a C++ compiler on the CPU and Triton on a GPU."""
+    """Whether torch.compile works here; it needs Triton on a GPU and a C++ compiler on the CPU."""
     try:
         torch.compile(_increment)(torch.zeros(4, device=device))
     except Exception as error:  # every missing part has an error class of its own
@@ -41,8 +41,8 @@ def compile_network(network: nn.Module, device: torch.device) -> bool:
     """
     if not can_compile(device):
         return False
-    # With "reduce-overhead" one call replays a recorded CUDA graph: no launches of single kernels.
-    network.compile(mode="reduce-overhead" if device.type == "cuda" else None)
+    # One call replays a recorded CUDA graph: no launches of single kernels.
+    network.compile(mode="reduce-overhead")
     return True
 
 
@@ -54,12 +54,8 @@ def begin_step(network: nn.Module) -> None:
 
 
 def compile_dit(dit: NextDiT, device: torch.device) -> None:
-    """Record the steps of sampling runs on a GPU; their layers are compiled where that works, one program for all layers.
-
-    On the CPU nothing is changed: there most of a step is matrix products that a compiler would hand to a slower library.
-    """
-    if device.type == "cuda":
-        dit.recorder = StepRecorder(record_cuda_graph, is_compiled=can_compile(device))
+    """Record the steps of sampling runs; their layers are compiled where that works, one program for all layers."""
+    dit.recorder = StepRecorder(record_cuda_graph, is_compiled=can_compile(device))
 
 
 class StepRecorder:

@@ -83,8 +83,8 @@ class Blip3oPipeline:
         offload: keep networks in host memory and move each to the device only while it works.
         quantize: format of the linear layers of backbone and image encoder, a name in quantize.FORMATS; None = dtype.
         stream: keep backbone and image encoder in host memory for good, see stream_layers.
-        compile: torch.compile the decoder's UNet and, on a GPU, the DiT and the writing of answers, whose steps
-            are recorded too; where that works.
+        compile: on a CUDA GPU, torch.compile the networks and record the steps of the DiT and of answers as CUDA
+            graphs, each where that works.
         image_encoder_path: a separate EVA-CLIP file or its folder.
         allow_unknown: leave tensors of unknown name out instead of refusing the checkpoint.
     """
@@ -107,7 +107,9 @@ class Blip3oPipeline:
         self.device = device
         self.offload = offload
         self.quantize = quantize
-        self.compile = compile
+        self.compile = compile and device.type == "cuda"
+        if compile and not self.compile:
+            logger.warning("--compile has nothing to gain without a CUDA GPU; going on without it")
         self._image_encoder_path = image_encoder_path
         self._allow_unknown = allow_unknown
         self._components: dict[str, nn.Module] = {}
@@ -693,7 +695,7 @@ class Blip3oPipeline:
                 use_onednn(network)
             if name in self._streamed:
                 stream_layers(network, self.device)
-            if name == "decoder" and self.device.type == "cuda":
+            if name == "decoder" and self.device.type in ("cpu", "cuda"):
                 # The order of a tensor's values that its convolutions compute in; otherwise each one reorders twice.
                 network.to(memory_format=torch.channels_last)
             if self.compile and name == "dit":
@@ -766,8 +768,8 @@ def load_pipeline(
         offload: keep networks in host memory and move each to the device only while it works.
         quantize: "fp8", "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
         stream: backbone and image encoder visit the device layer by layer; exact, and slow for long answers.
-        compile: torch.compile the decoder's UNet and, on a GPU, the DiT and the writing of answers, whose steps are
-            recorded as CUDA graphs; where that works. The first picture, and the first answer, take a minute more.
+        compile: on a CUDA GPU, torch.compile the networks and record the steps of the DiT and of answers as CUDA graphs,
+            each where that works. The first picture and the first answer take a minute more.
         image_encoder_path: a separate EVA-CLIP file or its folder.
 
     Raises:

@@ -12,10 +12,11 @@ import pytest
 import tiny_models
 import torch
 from comfyui_blip3o.blip3o_core import compiling
+from comfyui_blip3o.blip3o_core import pipeline as pipeline_module
+from comfyui_blip3o.blip3o_core.answer_steps import AnswerRecorder
 from comfyui_blip3o.blip3o_core.compiling import StepRecorder, can_compile, compile_dit, compile_network
 from comfyui_blip3o.blip3o_core.decoding import PixelSettings, decode_features
 from comfyui_blip3o.blip3o_core.models import linear
-from comfyui_blip3o.blip3o_core.models.fused_dit import can_fuse
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features
@@ -146,28 +147,46 @@ def test_an_offloaded_network_leaves_no_recording_behind(tiny_folder: Path) -> N
         assert recordings.made == made
 
 
-def test_only_a_gpu_records() -> None:
-    dit = tiny_models.build_dit()
-    compile_dit(dit, CPU)
-    assert dit.recorder is None
+def test_without_a_gpu_nothing_is_compiled_and_that_is_said(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu", compile=True)
+    assert pipeline.dit.recorder is None
+    assert pipeline.backbone.recorder is None
+    assert pipeline.decoder.unet._compiled_call_impl is None
+    assert "nothing to gain without a CUDA GPU" in caplog.text
+
+
+def test_on_a_gpu_all_networks_that_repeat_steps_are_recorded(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu")
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(pipeline_module, "compile_network", lambda network, device: compiled.append(network))
+    monkeypatch.setattr(compiling, "can_compile", lambda device: False)
+    pipeline.compile = True
+    assert isinstance(pipeline.dit.recorder, StepRecorder)
+    assert isinstance(pipeline.backbone.recorder, AnswerRecorder)
+    assert compiled == [pipeline.decoder.unet]
 
 
 def test_without_a_compiler_everything_goes_on(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*unused: object, **options: object) -> None:
         raise RuntimeError("no compiler found")
 
     monkeypatch.setattr(torch, "compile", broken)
     compiling.can_compile.cache_clear()
+    dit, unet = tiny_models.build_dit(), torch.nn.Linear(2, 2)
     try:
-        pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu", compile=True)
-        with torch.no_grad():
-            assert can_fuse(pipeline.dit)
-        assert pipeline.decoder.unet._compiled_call_impl is None
-        assert "no compiler found" in caplog.text
+        assert not compile_network(unet, CPU)
+        compile_dit(dit, CPU)
     finally:
         compiling.can_compile.cache_clear()
+    assert unet._compiled_call_impl is None
+    assert dit.recorder is not None  # recording needs no compiler
+    assert caplog.text.count("no compiler found") == 1
 
 
 def needs_compiler() -> None:
