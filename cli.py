@@ -122,7 +122,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile",
         action="store_true",
-        help="on a CUDA GPU: torch.compile the networks; the first picture takes a minute more, later ones are faster",
+        help="on a CUDA GPU: record and compile what is repeated; the first picture takes a minute more, later ones less",
     )
     group.add_argument(
         "--image-encoder", type=Path, metavar="PATH", help="a separate EVA-CLIP file or its folder"

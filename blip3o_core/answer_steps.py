@@ -7,8 +7,6 @@ Letters: B rows, N places for tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +14,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .compiling import Record, can_compile, record_cuda_graph
+from .compiling import Record, Recorder, can_compile, record_cuda_graph
 from .models.backbone import Backbone
 from .prefixes import cached_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-logger = logging.getLogger(__name__)
-
 # Places for tokens that recordings are made for: a question with a picture, and its answer. Longer ones get twice the places.
 FEWEST_PLACES = 2048
-KEPT_RECORDINGS = 2
+# All places of a row take 0.12 GB in the 8B model; many rows keep a GPU busy without recording.
+MOST_ROWS = 4
 
 
 class PlainSteps:
@@ -100,8 +97,8 @@ class PlacedTokens:
         return backbone.lm_head(states[:, -1])
 
 
-class AnswerRecorder:
-    """Steps recorded for each number of rows and places, and used again for as long as the weights stay where they are.
+class AnswerRecorder(Recorder["AnswerRecording"]):
+    """Steps recorded for each number of rows and places.
 
     Args:
         record: how a call is recorded, see compiling.Record.
@@ -110,57 +107,38 @@ class AnswerRecorder:
     """
 
     def __init__(self, record: Record, *, is_compiled: bool, places: int = FEWEST_PLACES) -> None:
-        self._record = record
+        super().__init__(record, is_compiled=is_compiled)
         self._fewest = places
         self._compiled = torch.compile(PlacedTokens.step, dynamic=False) if is_compiled else None
-        self._recordings: OrderedDict[tuple[int, int], _Recording] = OrderedDict()
-        self._weights: list[int] = []
-        self._is_broken = False
 
     def steps(self, backbone: Backbone, cache: DynamicCache, mask: Tensor | None) -> PlainSteps:
         """The steps of an answer to rows whose keys and values are in the cache."""
-        if self._is_broken:
+        rows = len(cached_layers(cache)[0][0])
+        if self.is_broken or rows > MOST_ROWS:
             return PlainSteps(backbone, cache, mask)
-        weights = [tensor.data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())]
-        if weights != self._weights:
+        if self.has_moved(backbone):
             self.forget()
-            self._weights = weights
+            self.has_moved(backbone)
         return RecordedSteps(self, backbone, cache, mask)
-
-    def forget(self) -> None:
-        """Free what is kept from answer to answer."""
-        self._recordings.clear()
 
     def recording(
         self, backbone: Backbone, cache: DynamicCache, mask: Tensor | None, inputs: Sequence[Tensor]
-    ) -> _Recording | None:
+    ) -> AnswerRecording | None:
         """A recording with room for one more token and the cache's keys and values in it; None where it fails."""
-        if self._is_broken:
-            return None
         rows, length = len(inputs[0]), cache.get_seq_length()
         places = self._fewest
         while places <= length:
             places *= 2
-        if (rows, places) not in self._recordings:
-            call = self._compiled if self._compiled is not None and rows == 1 else PlacedTokens.step
-            try:
-                tokens = PlacedTokens(cache, rows, places)
-                tokens.place.fill_(length)
-                self._recordings[rows, places] = _Recording(self._record, tokens, call, backbone, inputs)
-            except Exception as error:  # what a driver cannot record, it reports in ways of its own
-                if call is self._compiled:
-                    logger.warning("answers cannot be compiled here, going on without that: %s", error)
-                    self._compiled = None
-                    return self.recording(backbone, cache, mask, inputs)
-                logger.warning("answers cannot be recorded here, going on without that: %s", error)
-                self._is_broken = True
-                self.forget()
-                return None
-            while len(self._recordings) > KEPT_RECORDINGS:
-                self._recordings.popitem(last=False)
-        self._recordings.move_to_end((rows, places))
-        found = self._recordings[rows, places]
-        found.tokens.fill(cache, mask)
+
+        def make() -> AnswerRecording:
+            call = self._compiled if self.is_compiled and rows == 1 else PlacedTokens.step
+            tokens = PlacedTokens(cache, rows, places)
+            tokens.place.fill_(length)
+            return AnswerRecording(self.record, tokens, call, backbone, inputs)
+
+        found = self.find((rows, places), make)
+        if found is not None:
+            found.tokens.fill(cache, mask)
         return found
 
 
@@ -172,7 +150,7 @@ class RecordedSteps(PlainSteps):
     ) -> None:
         super().__init__(backbone, cache, mask)
         self._recorder = recorder
-        self._recording: _Recording | None = None
+        self._recording: AnswerRecording | None = None
         self._length = cache.get_seq_length()
 
     def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
@@ -200,7 +178,9 @@ class RecordedSteps(PlainSteps):
             )
 
 
-class _Recording:
+class AnswerRecording:
+    """A recorded step with tokens and inputs of its own."""
+
     def __init__(
         self,
         record: Record,

@@ -15,7 +15,7 @@ from .errors import Blip3oError
 def visit(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Let copies of a network's weights be on the device for a while; the weights themselves stay in main memory.
 
-    Nothing is copied back, and what is mapped from a file stays mapped.
+    Nothing is copied back, and what is mapped from a file stays so.
     """
     homes = [
         (owner, name, tensor, tensor.data)

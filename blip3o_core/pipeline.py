@@ -80,11 +80,11 @@ class Blip3oPipeline:
         files: an opened checkpoint, see open_checkpoint.
         dtype: of the weights and the networks' arithmetic; the sampling loops always sum in float32.
         device: where networks compute.
-        offload: keep networks in host memory and move each to the device only while it works.
+        offload: keep networks in host memory; copies visit the device while they work.
         quantize: format of the linear layers of backbone and image encoder, a name in quantize.FORMATS; None = dtype.
         stream: keep backbone and image encoder in host memory for good, see stream_layers.
-        compile: on a CUDA GPU, torch.compile the networks and record the steps of the DiT and of answers as CUDA
-            graphs, each where that works.
+        compile: on a CUDA GPU, record the steps of the DiT and, unless the backbone moves, of answers as CUDA graphs; and
+            torch.compile them and the UNet where that works.
         image_encoder_path: a separate EVA-CLIP file or its folder.
         allow_unknown: leave tensors of unknown name out instead of refusing the checkpoint.
     """
@@ -109,7 +109,7 @@ class Blip3oPipeline:
         self.quantize = quantize
         self.compile = compile and device.type == "cuda"
         if compile and not self.compile:
-            logger.warning("--compile has nothing to gain without a CUDA GPU; going on without it")
+            logger.warning("compile has nothing to gain without a CUDA GPU; going on without it")
         self._image_encoder_path = image_encoder_path
         self._allow_unknown = allow_unknown
         self._components: dict[str, nn.Module] = {}
@@ -150,7 +150,7 @@ class Blip3oPipeline:
     def unload(self, *components: str) -> None:
         """Forget components (all when none is named); they are read again when next used."""
         for component in components or COMPONENTS:
-            self._components.pop(component, None)
+            self._forget(component)
             if component == "backbone":
                 self._kept_chat = None
 
@@ -209,7 +209,7 @@ class Blip3oPipeline:
     def _change_loras(self, loras: list[LoadedLora]) -> None:
         # Networks are read again with all their LoRAs when next used: no second copy of the weights is kept.
         for name in {name for each in (*self._loras, *loras) for name in each.changes}:
-            self._components.pop(name, None)
+            self._forget(name)
         self._negatives.clear()
         self._kept_chat = None
         self._loras = loras
@@ -709,6 +709,13 @@ class Blip3oPipeline:
             self._components[name] = network
         return self._components[name]
 
+    def _forget(self, name: str) -> None:
+        recorder = getattr(self._components.pop(name, None), "recorder", None)
+        if (
+            recorder is not None
+        ):  # it refers to the network, which would keep its memory until Python looks for circles
+            recorder.forget()
+
     def _read(self, name: str, device: torch.device) -> Any:
         """A network from its files, with its LoRAs."""
         options: dict[str, Any] = {"dtype": self.dtype, "device": device}
@@ -765,11 +772,11 @@ def load_pipeline(
         dtype: "auto", "bf16", "fp16", "fp32" or a torch dtype. Auto is bf16 on a GPU (fp16 where it cannot) and, on
             the CPU, fp32 for models below 4 GB and bf16 above.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "mps" or a torch device.
-        offload: keep networks in host memory and move each to the device only while it works.
+        offload: keep networks in host memory; copies visit the device while they work.
         quantize: "fp8", "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
         stream: backbone and image encoder visit the device layer by layer; exact, and slow for long answers.
-        compile: on a CUDA GPU, torch.compile the networks and record the steps of the DiT and of answers as CUDA graphs,
-            each where that works. The first picture and the first answer take a minute more.
+        compile: on a CUDA GPU, record the steps of the DiT and, unless the backbone moves, of answers as CUDA graphs; and
+            torch.compile them and the UNet where that works. The first picture and the first answer take a minute more.
         image_encoder_path: a separate EVA-CLIP file or its folder.
 
     Raises:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import BadInputError
-from .models.linear import OneDNNLinear, multiply
+from .models.linear import PLAIN_LINEARS, multiply
 
 if TYPE_CHECKING:  # a network is only needed to look through it
     from collections.abc import Iterator
@@ -39,6 +39,8 @@ PACKED_PRODUCT_ROWS = 4
 # Layers smaller than this gain nothing worth their error.
 SMALLEST_WEIGHTS = 2**14
 SKIPPED = ("lm_head",)
+# Trainings on other devices do without.
+AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 class QuantizedLinear(nn.Linear):
@@ -81,7 +83,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         kind = hidden_states.device.type
-        if torch.is_autocast_enabled(kind):
+        if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(kind))
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             result = _FrozenProduct.apply(hidden_states, self)
@@ -206,24 +208,31 @@ def check_format(weight_format: str) -> None:
         )
 
 
-def quantize_network(network: nn.Module, weight_format: str, device: torch.device) -> nn.Module:
+def quantize_network(
+    network: nn.Module, weight_format: str, device: torch.device, *, at_least: int = SMALLEST_WEIGHTS
+) -> nn.Module:
     """Exchange the large linear layers of a frozen network, one by one, and bring the rest to the device.
 
     A network whose weights are mapped from its files never exists in full width in memory.
+
+    Args:
+        at_least: weights of the smallest layer to exchange.
 
     Raises:
         BadInputError: unknown format.
     """
     check_format(weight_format)
-    for parent, name, linear in list(quantizable_layers(network)):
+    for parent, name, linear in list(quantizable_layers(network, at_least)):
         setattr(parent, name, QuantizedLinear(linear, weight_format, device))
     return network.to(device)
 
 
-def quantizable_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def quantizable_layers(
+    network: nn.Module, at_least: int = SMALLEST_WEIGHTS
+) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """(parent, name in it, layer) of each layer that quantize_network exchanges."""
     for parent in network.modules():
         for name, child in parent.named_children():
-            is_large = type(child) in (nn.Linear, OneDNNLinear) and child.weight.numel() >= SMALLEST_WEIGHTS
+            is_large = type(child) in PLAIN_LINEARS and child.weight.numel() >= at_least
             if is_large and name not in SKIPPED:
                 yield parent, name, child

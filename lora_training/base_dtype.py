@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ..blip3o_core.errors import BadInputError
 from ..blip3o_core.models.nextdit import NextDiT
-from ..blip3o_core.quantize import QuantizedLinear
+from ..blip3o_core.quantize import quantize_network
 
 
 def set_base_dtype(dit: NextDiT, base_dtype: str, device: torch.device) -> None:
@@ -33,9 +32,5 @@ def set_base_dtype(dit: NextDiT, base_dtype: str, device: torch.device) -> None:
         return
     dit.to(wide)
     for block in dit.layers:
-        for parent in list(block.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
-                    # Not setattr: a ModuleList's members are named by number.
-                    parent._modules[name] = QuantizedLinear(child, base_dtype, device)
+        quantize_network(block, base_dtype, device, at_least=0)
     dit.to(device)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import OneDNNLinear, ParallelLinears, multiply
+from .linear import PLAIN_LINEARS, ParallelLinears, multiply
 from .nextdit import (
     AdaptiveRMSNorm,
     Attention,
@@ -37,7 +37,8 @@ from .nextdit import (
 # Modulations are kept for so many noise levels at a time.
 MODULATION_BYTES = 64 * 2**20
 PLAIN_LAYERS = (
-    *(nn.Linear, OneDNNLinear, nn.LayerNorm, nn.RMSNorm, nn.ModuleList, nn.Sequential),
+    *PLAIN_LINEARS,
+    *(nn.LayerNorm, nn.RMSNorm, nn.ModuleList, nn.Sequential),
     *(NextDiT, NextDiTBlock, AdaptiveRMSNorm, Attention, CaptionProjection, FeedForward, OutputNorm),
     *(PatchEmbedder, TimeCaptionEmbedding, TimestepMLP),
 )

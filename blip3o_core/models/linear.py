@@ -49,6 +49,10 @@ class OneDNNLinear(nn.Linear):
         return multiply(hidden_states, self.weight, self.bias)
 
 
+# Classes whose weights may be read, joined or exchanged: what they compute is known.
+PLAIN_LINEARS = (nn.Linear, OneDNNLinear)
+
+
 def use_onednn(network: nn.Module) -> None:
     """Give every plain linear layer of a network on the CPU the class that multiplies faster there; weights stay."""
     for layer in network.modules():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core import understanding
+from comfyui_blip3o.blip3o_core import answer_steps, understanding
 from comfyui_blip3o.blip3o_core.answer_steps import AnswerRecorder
 from comfyui_blip3o.blip3o_core.compiling import can_compile
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
@@ -215,6 +215,19 @@ def test_where_compiling_fails_steps_are_recorded_as_they_are(
         assert answer(own_pipeline, rows) == answer(pipeline, rows)
     assert "no such compiler" in caplog.text
     assert (recordings.made, recordings.replayed) == (1, TOKENS - 1)
+
+
+def test_many_rows_keep_a_gpu_busy_without_recordings(
+    pipeline: Blip3oPipeline, own_pipeline: Blip3oPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_steps, "MOST_ROWS", 1)
+    recordings = Recordings()
+    own_pipeline.backbone.recorder = AnswerRecorder(recordings, is_compiled=False)
+    rows = encode(pipeline, "text", "picture")
+    assert answer(own_pipeline, rows) == answer(pipeline, rows)
+    assert recordings.made == 0
+    assert answer(own_pipeline, rows[:1]) == answer(pipeline, rows[:1])
+    assert recordings.made == 1
 
 
 @pytest.mark.slow

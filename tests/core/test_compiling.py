@@ -3,6 +3,8 @@
 A recording on the CPU is a function that computes again from its own inputs into its own output, as a CUDA graph does.
 """
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -85,12 +87,13 @@ def test_a_shape_is_recorded_once_and_only_the_latest_are_kept() -> None:
     assert recordings.made == 1
     draw(dit, guidance_interval=(0.3, 0.7))  # steps without guidance have half the rows
     assert recordings.made == 2
-    draw(dit, batch=3)
-    assert recordings.made == 3
+    for batch in (3, 4, 5):
+        draw(dit, batch=batch)
+    assert recordings.made == 5
     draw(dit, guidance_scale=1.0)
-    assert recordings.made == 3
+    assert recordings.made == 5
     draw(dit)  # used least lately, and so not kept
-    assert recordings.made == 4
+    assert recordings.made == 6
 
 
 def test_weights_changed_in_place_count_and_moved_ones_are_recorded_again() -> None:
@@ -133,7 +136,46 @@ def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> 
     dit.recorder = StepRecorder(broken, is_compiled=False)
     for _ in range(2):
         torch.testing.assert_close(draw(dit), expected, rtol=0, atol=0)
-    assert caplog.text.count("cannot be compiled and recorded") == 1
+    assert caplog.text.count("cannot be recorded") == 1
+
+
+def test_what_cannot_be_compiled_is_recorded_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*inputs: object) -> None:
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
+    dit, plain = tiny_models.build_dit(), tiny_models.build_dit()
+    recordings = Recordings()
+    dit.recorder = StepRecorder(recordings, is_compiled=True)
+    for seed in (0, 1):
+        torch.testing.assert_close(draw(dit, seed), draw(plain, seed), rtol=1e-5, atol=1e-5)
+    assert recordings.made == 1
+    assert caplog.text.count("cannot be compiled") == 1
+
+
+def test_what_was_recorded_in_inference_mode_serves_outside_of_it() -> None:
+    dit, plain = tiny_models.build_dit(), tiny_models.build_dit()
+    recordings = recorded(dit)
+    with torch.inference_mode():
+        draw(dit)
+    torch.testing.assert_close(draw(dit, seed=1), draw(plain, seed=1), rtol=1e-5, atol=1e-5)
+    assert recordings.made == 1
+
+
+def test_an_unloaded_network_is_gone_at_once(tiny_folder: Path) -> None:
+    pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu")
+    recorded(pipeline.dit)
+    pipeline.sample_features(torch.zeros(1, 4, 32), [0])
+    left = weakref.ref(pipeline.dit)
+    gc.collect()
+    gc.disable()
+    try:
+        pipeline.unload("dit")
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_an_offloaded_network_leaves_no_recording_behind(tiny_folder: Path) -> None:

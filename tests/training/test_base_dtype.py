@@ -1,8 +1,12 @@
 """Frozen weights under an adapter, in whole dtypes and in 8 and 4 bits."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from comfyui_blip3o.blip3o_core.errors import BadInputError
+from comfyui_blip3o.blip3o_core.models.linear import use_onednn
+from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.lora_training.adapters import attach
 from comfyui_blip3o.lora_training.base_dtype import set_base_dtype
 from comfyui_blip3o.lora_training.config import AdapterConfig
@@ -15,8 +19,12 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     "config", [AdapterConfig(rank=4), AdapterConfig(type="dora", rank=4)], ids=["lora", "dora"]
 )
-def test_adapters_learn_on_a_quantised_dit(kind: str, config: AdapterConfig) -> None:
+@pytest.mark.parametrize("prepare", [lambda dit: None, use_onednn], ids=["from a file", "from a pipeline"])
+def test_adapters_learn_on_a_quantised_dit(
+    kind: str, config: AdapterConfig, prepare: Callable[[NextDiT], None]
+) -> None:
     dit = build_dit()
+    prepare(dit)
     before = sum(tensor.nbytes for block in dit.layers for tensor in block.state_dict().values())
     set_base_dtype(dit, kind, CPU)
     after = sum(tensor.nbytes for block in dit.layers for tensor in block.state_dict().values())
