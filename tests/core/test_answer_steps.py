@@ -1,10 +1,7 @@
-"""Answers by recorded steps: the same words and numbers as without, nothing recorded twice, and a way on where it fails.
-
-A recording on the CPU is a function that computes again from its own inputs into its own output, as a CUDA graph does.
-"""
+"""Answers by recorded steps: the same words and numbers as without, nothing recorded twice, and a way on where it fails."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
 from comfyui_blip3o.blip3o_core.prompts import TextTokenizer
 from comfyui_blip3o.blip3o_core.rows import EncodedRow, PixelLimits
 from comfyui_blip3o.blip3o_core.understanding import AnswerSettings, Turn, continue_rows, encode_chat
+from recordings import Recordings
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -28,23 +26,6 @@ QUESTIONS = {
     "two pictures": [Turn("user", "Describe the picture .", (TWO, ONE))],
 }
 TOKENS = 10
-
-
-class Recordings:
-    """Stands in for record_cuda_graph; counts."""
-
-    def __init__(self) -> None:
-        self.made = self.replayed = 0
-
-    def __call__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
-        output = step(*inputs)
-        self.made += 1
-
-        def replay() -> Tensor:
-            self.replayed += 1
-            return output.copy_(step(*inputs))
-
-        return replay
 
 
 @pytest.fixture

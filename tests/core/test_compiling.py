@@ -1,11 +1,7 @@
-"""Compiled networks and recorded steps: the same numbers, nothing made twice, and a way on where they do not work.
-
-A recording on the CPU is a function that computes again from its own inputs into its own output, as a CUDA graph does.
-"""
+"""Compiled networks and recorded steps: the same numbers, nothing made twice, and a way on where they do not work."""
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,27 +18,11 @@ from comfyui_blip3o.blip3o_core.models import linear
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features
+from recordings import Recordings
 from torch import Tensor
 
 CPU = torch.device("cpu")
 GRID = (4, 4)
-
-
-class Recordings:
-    """Stands in for record_cuda_graph; counts."""
-
-    def __init__(self) -> None:
-        self.made = self.replayed = 0
-
-    def __call__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
-        output = step(*inputs)
-        self.made += 1
-
-        def replay() -> Tensor:
-            self.replayed += 1
-            return output.copy_(step(*inputs))
-
-        return replay
 
 
 def recorded(dit: NextDiT) -> Recordings:
