@@ -33,10 +33,7 @@ def ask_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
     """A question about a picture, 32 tokens of answer, against transformers' generate; and the chat's next turn."""
     tokenizer, backbone, device = networks.tokenizer, networks.backbone, networks.device
     tokenizer.__dict__["stop_tokens"] = frozenset()  # answers of one length in all modes
-    side = PICTURE_SIDE[networks.size]
-    picture = Image.effect_mandelbrot((side, side), (-3, -2.5, 2, 2.5), 100).convert("RGB")
-    area = PixelLimits(28 * 28, side * side)
-    first = Turn("user", "what is in this picture?", (picture,))
+    first, area = question(networks.size)
     row = encode_chat(backbone, tokenizer, [first], area)
     settings = AnswerSettings(max_new_tokens=ANSWER_TOKENS)
 
@@ -85,6 +82,13 @@ def ask_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
     }
     rows += compare("chat turn 2", networks.size, modes, **options)
     return rows + compare("a token of an answer", networks.size, _formats(networks), **options)
+
+
+def question(size: str) -> tuple[Turn, PixelLimits]:
+    """A question about a picture, and the area at which the picture is looked at: its own."""
+    side = PICTURE_SIDE[size]
+    picture = Image.effect_mandelbrot((side, side), (-3, -2.5, 2, 2.5), 100).convert("RGB")
+    return Turn("user", "what is in this picture?", (picture,)), PixelLimits(28 * 28, side * side)
 
 
 def _recorded(

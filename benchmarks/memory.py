@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from answers import PICTURE_SIDE
+from answers import question
 from comfyui_blip3o.blip3o_core.checkpoints.safetensor_files import TensorInfo
 from comfyui_blip3o.blip3o_core.memory_plan import CONTEXT_BYTES, GIB, USES, MemoryPlan, Way, plan_way
 from comfyui_blip3o.blip3o_core.presets import PRESETS
-from comfyui_blip3o.blip3o_core.rows import PixelLimits
-from comfyui_blip3o.blip3o_core.understanding import AnswerSettings, Turn, continue_rows, encode_chat
+from comfyui_blip3o.blip3o_core.understanding import AnswerSettings, continue_rows, encode_chat
 from common import Row
 from networks import Networks
-from PIL import Image
 from torch import Tensor
 
 ANSWER_TOKENS = 16
@@ -133,11 +131,10 @@ def _draw(networks: Networks, way: Way) -> Tensor:
 
 
 def _answer(networks: Networks, way: Way) -> None:
-    tokenizer, side = networks.tokenizer, PICTURE_SIDE[networks.size]
+    tokenizer = networks.tokenizer
     tokenizer.__dict__["stop_tokens"] = frozenset()  # answers of one length in all ways
-    picture = Image.effect_mandelbrot((side, side), (-3, -2.5, 2, 2.5), 100).convert("RGB")
-    turns = [Turn("user", "what is in this picture?", (picture,))]
+    turn, area = question(networks.size)
     with networks._on_device("backbone") as backbone:
-        row = encode_chat(backbone, tokenizer, turns, PixelLimits(28 * 28, side * side))
+        row = encode_chat(backbone, tokenizer, [turn], area)
         settings = AnswerSettings(max_new_tokens=ANSWER_TOKENS)
         continue_rows(backbone, tokenizer, [row], device=networks.device, settings=settings)

@@ -118,7 +118,6 @@ class AnswerRecorder(Recorder["AnswerRecording"]):
             return PlainSteps(backbone, cache, mask)
         if self.has_moved(backbone):
             self.forget()
-            self.has_moved(backbone)
         return RecordedSteps(self, backbone, cache, mask)
 
     def recording(

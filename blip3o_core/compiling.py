@@ -83,7 +83,6 @@ class Recorder(Generic[Recorded]):
     def forget(self) -> None:
         """Free what is kept from run to run; for weights that leave the device."""
         self._recordings.clear()
-        self._places = []
 
     def find(self, shapes: Any, make: Callable[[], Recorded]) -> Recorded | None:
         """The recording for some shapes, made if there is none; None where recording fails."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # The small trained checkpoint that ships with the project.
 BUILT_IN_MODEL = Path(__file__).resolve().parent / "assets" / "tiny"
+# Pixels along a tile of the VAE, whatever its own configuration says: SDXL's names 1024, the whole of our pictures.
+TILE_SIDE = 512
 
 
 @dataclass(frozen=True)

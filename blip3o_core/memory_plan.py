@@ -14,6 +14,7 @@ from .checkpoints.keys import COMPONENTS
 from .checkpoints.layout import DECODER_NETWORKS, CheckpointFiles
 from .checkpoints.load import read_pickle
 from .checkpoints.safetensor_files import TensorInfo, read_header
+from .config import TILE_SIDE
 from .errors import BadInputError
 from .quantize import FORMATS, SKIPPED, SMALLEST_WEIGHTS
 
@@ -30,7 +31,6 @@ HALF = 2  # bytes of bf16 and fp16
 PROMPT_TOKENS, QUESTION_TOKENS = 192, 1792
 # Tensors of its widest level that the VAE holds at the same time, and of its first level the UNet, skips included.
 VAE_TENSORS, UNET_TENSORS = 4, 30
-TILE_SIDE = 512
 SPEED_SAMPLE_BYTES = 128 * 2**20
 
 

@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..config import TILE_SIDE
+
 # original size (height, width) and crop (top, left), fixed as published; the target size follows them.
 PUBLISHED_ORIGINAL_SIZE = (1024, 1024)
 PUBLISHED_CROP = (0, 0)
-# Pixels along a tile's side, whatever the VAE's own configuration says: SDXL's names 1024, the whole of our pictures.
-TILE_SIDE = 512
 
 
 class Decoder(nn.Module):

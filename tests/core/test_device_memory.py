@@ -88,12 +88,15 @@ def test_painting_never_waits_and_stays_within_the_plan(
 ) -> None:
     decoder = networks["decoder"].to(memory_format=torch.channels_last)
     watch = Watch(decoder)
+    timesteps: list[Tensor] = []
+    decoder.unet.register_forward_pre_hook(lambda unet, inputs: timesteps.append(inputs[1]))
     with like_a_gpu(), watch:
         decode_features(
             *(decoder, empty(1, QUERIES, CHANNELS)),
             noise=empty(1, 4, 128, 128, dtype=torch.float32),
             settings=PixelSettings(steps=3, sampler="dpmpp_2m", tiled=is_tiled),
         )
+    assert {timestep.device for timestep in timesteps} == {DEVICE}  # from the CPU, each would be waited for
     assert watch.weights == pytest.approx(5.22e9, rel=0.01)
     room = allowed(published, "draw", "painting", 6 if is_tiled else 48)
     assert 0.5 * room < watch.working_bytes < room
