@@ -12,11 +12,11 @@ from comfy_api.latest import io
 
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.load import load_backbone, load_image_encoder
+from ..blip3o_core.checkpoints.match import needed_tensors
 from ..blip3o_core.errors import Blip3oError
 from ..blip3o_core.memory_plan import (
     GIB,
     USES,
-    component_tensors,
     largest_file,
     measure_disk,
     network_bytes,
@@ -93,7 +93,7 @@ def memory_text(files: CheckpointFiles, choice: str, device_bytes: int) -> str:
     lines, largest, read = [], 0, 0
     for component in USES["draw"]:
         storage, _ = network_dtypes(files, component, choice)
-        tensors = component_tensors(files, component)
+        tensors = needed_tensors(files, component)
         size = network_bytes(tensors, "fp8") if storage.itemsize == 1 else network_bytes(tensors)
         size = size * 2 if storage == torch.float32 else size
         lines.append(f"{component}: {size / GIB:.2f} GB in {str(storage).removeprefix('torch.')}")

@@ -20,7 +20,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep, UNetModel
 from torch import Tensor, nn
 
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
-from ..blip3o_core.checkpoints.safetensor_files import read_header, read_tensors
+from ..blip3o_core.checkpoints.safetensor_files import read_tensors
 from ..blip3o_core.errors import BadInputError, WrongCheckpointError
 from . import host, layers, preview
 
@@ -201,7 +201,7 @@ def load_decoder_patcher(
     unet_config, vae_config = files.decoder_config("unet"), files.decoder_config("vae")
     scheduler = files.decoder_config("scheduler")
     storage, compute = host.storage_and_compute_dtype(
-        dtype, SUPPORTED_DTYPES, files.decoder_file("unet").stat().st_size
+        dtype, SUPPORTED_DTYPES, sum(info.nbytes for info in files.decoder_tensors("unet").values())
     )
     settings = unet_settings(unet_config, files.name)
     ops = comfy.ops.manual_cast if storage != compute else comfy.ops.disable_weight_init
@@ -230,15 +230,13 @@ def _fill_unet(
     unet: UNetModel, settings: dict[str, Any], files: CheckpointFiles, dtype: torch.dtype | None
 ) -> None:
     names = comfy.utils.unet_to_diffusers(settings)
-    infos = read_header(files.decoder_file("unet"))[0]
-    unknown = [key for key in infos if key not in names]
-    state_dict = {names[key]: tensor for key, tensor in read_tensors(infos, dtype=dtype) if key in names}
-    missing, unexpected = unet.load_state_dict(state_dict, strict=False, assign=True)
-    if missing or unexpected or unknown:
+    infos = {key: info for key, info in files.decoder_tensors("unet").items() if key in names}
+    state_dict = {names[key]: tensor for key, tensor in read_tensors(infos, dtype=dtype)}
+    missing, _ = unet.load_state_dict(state_dict, strict=False, assign=True)
+    if missing:
         raise WrongCheckpointError(
-            f'The decoder of checkpoint "{files.name}" does not fit its configuration: {len(missing)} weights are missing, '
-            f"{len(unexpected) + len(unknown)} are unknown (e.g. {[*missing, *unexpected, *unknown][0]}).\n"
-            f'Delete "{files.decoder_file("unet").parent}" and download it again.'
+            f'The decoder of checkpoint "{files.name}" does not fit its configuration: {len(missing)} weights are missing '
+            f'(e.g. {missing[0]}).\nDelete "{files.decoder_folder / "unet"}" and download it again.'
         )
 
 
@@ -280,7 +278,7 @@ def load_vae(folder: str) -> comfy.sd.VAE:
     files = open_checkpoint(Path(folder))
     config = files.decoder_config("vae")
     if is_sdxl_vae(config):
-        state_dict = dict(read_tensors(read_header(files.decoder_file("vae"))[0]))
+        state_dict = dict(read_tensors(files.decoder_tensors("vae")))
         vae = comfy.sd.VAE(sd=state_dict)
         vae.patcher.cached_patcher_init = (load_vae_patcher, (folder,))
         return vae
@@ -317,8 +315,8 @@ def _small_vae(folder: str, files: CheckpointFiles, config: dict[str, Any]) -> c
     vae = comfy.sd.VAE(sd=placeholder.state_dict(), config={"params": smallest})
     with torch.device("meta"):
         network = AutoencoderKL.from_config(config)
-    state_dict = dict(read_tensors(read_header(files.decoder_file("vae"))[0], dtype=vae.vae_dtype))
-    network.load_state_dict(state_dict, assign=True)
+    infos = {key: info for key, info in files.decoder_tensors("vae").items() if key in network.state_dict()}
+    network.load_state_dict(dict(read_tensors(infos, dtype=vae.vae_dtype)), assign=True)
     layers.exchange_layers(network, is_cast=False)
     vae.first_stage_model = Autoencoder(network).eval().requires_grad_(False)
     memory.archive_model_dtypes(vae.first_stage_model)
