@@ -336,11 +336,11 @@ def read_entry(path: Path) -> Tensor:
     return tensor
 
 
-def is_too_large(config: LoraConfig, pipeline: Blip3oPipeline, component: str) -> bool:
+def is_too_large(pipeline: Blip3oPipeline, component: str) -> bool:
     """Whether a network does not fit into what is free of the pipeline's GPU."""
     if pipeline.device.type != "cuda":
         return False
-    needed = parameters_of(pipeline.files, component, config) * pipeline.dtype.itemsize + OVERHEAD_BYTES
+    needed = parameters_of(pipeline.files, component) * pipeline.dtype.itemsize + OVERHEAD_BYTES
     return needed > free_memory(pipeline.device)
 
 
@@ -443,7 +443,7 @@ def _fill(
                 message = f"The cache entry of {labels[path]} was damaged ({error}) and is computed again."
                 tell({"event": "warning", "message": message})
                 repaired += 1
-            if not computed and is_too_large(config, pipeline, component):
+            if not computed and is_too_large(pipeline, component):
                 tell({"event": "warning", "message": TOO_LARGE[component]})
                 pipeline.stream(component)
             tensor = compute().cpu()

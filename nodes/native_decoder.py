@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import comfy.latent_formats
@@ -194,10 +193,14 @@ class FeatureDecoder(comfy.model_base.SDXL):
 
 
 def load_decoder_patcher(
-    folder: str, dtype: str, disable_dynamic: bool = False
+    folder: str, dtype: str, decoder: str | None = None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    """The decoder's UNet of a checkpoint folder as a MODEL. Arguments as load_dit_patcher."""
-    files = open_checkpoint(Path(folder))
+    """The decoder's UNet of a checkpoint folder as a MODEL. Arguments as load_dit_patcher.
+
+    Args:
+        decoder: folder of another decoder; None = the checkpoint's own.
+    """
+    files = open_checkpoint(folder, decoder=decoder)
     unet_config, vae_config = files.decoder_config("unet"), files.decoder_config("vae")
     scheduler = files.decoder_config("scheduler")
     storage, compute = host.storage_and_compute_dtype(
@@ -211,7 +214,7 @@ def load_decoder_patcher(
     layers.set_dtypes(unet, storage, compute)
     rgb, native_side = None, unet_config["sample_size"] * pixels_per_latent(vae_config)
     if not is_sdxl_vae(vae_config):
-        rgb = preview.latent_factors(load_vae(folder), native_side, vae_config["scaling_factor"])
+        rgb = preview.latent_factors(load_vae(folder, decoder), native_side, vae_config["scaling_factor"])
     latents = DecoderLatents(vae_config, rgb)
     config = DecoderConfig({**settings, "disable_unet_model_creation": True}, latents, scheduler)
     config.set_inference_dtype(storage, compute)
@@ -223,7 +226,9 @@ def load_decoder_patcher(
         time_width=unet_config["addition_time_embed_dim"],
         native_side=native_side,
     )
-    return host.make_patcher(model, load_decoder_patcher, (folder, dtype), disable_dynamic=disable_dynamic)
+    return host.make_patcher(
+        model, load_decoder_patcher, (folder, dtype, decoder), disable_dynamic=disable_dynamic
+    )
 
 
 def _fill_unet(
@@ -273,27 +278,35 @@ def pixels_per_latent(config: dict[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def load_vae(folder: str) -> comfy.sd.VAE:
-    """The decoder's autoencoder as a VAE: ComfyUI's own network where the sizes are SDXL's, diffusers' otherwise."""
-    files = open_checkpoint(Path(folder))
+def load_vae(folder: str, decoder: str | None = None) -> comfy.sd.VAE:
+    """The decoder's autoencoder as a VAE: ComfyUI's own network where the sizes are SDXL's, diffusers' otherwise.
+
+    Args:
+        decoder: folder of another decoder; None = the checkpoint's own.
+    """
+    files = open_checkpoint(folder, decoder=decoder)
     config = files.decoder_config("vae")
     if is_sdxl_vae(config):
         state_dict = dict(read_tensors(files.decoder_tensors("vae")))
         vae = comfy.sd.VAE(sd=state_dict)
-        vae.patcher.cached_patcher_init = (load_vae_patcher, (folder,))
+        vae.patcher.cached_patcher_init = (load_vae_patcher, (folder, decoder))
         return vae
-    return _small_vae(folder, files, config)
+    vae = _small_vae(files, config)
+    vae.patcher.cached_patcher_init = (load_vae_patcher, (folder, decoder))
+    return vae
 
 
-def load_vae_patcher(folder: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The patcher inside load_vae's VAE, made anew."""
-    vae = load_vae(folder)
+def load_vae_patcher(
+    folder: str, decoder: str | None = None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """The patcher inside a new VAE of load_vae."""
+    vae = load_vae(folder, decoder)
     if not disable_dynamic:
         return vae.patcher
     return comfy.model_patcher.ModelPatcher(vae.first_stage_model, vae.device, memory.vae_offload_device())
 
 
-def _small_vae(folder: str, files: CheckpointFiles, config: dict[str, Any]) -> comfy.sd.VAE:
+def _small_vae(files: CheckpointFiles, config: dict[str, Any]) -> comfy.sd.VAE:
     from diffusers import AutoencoderKL
 
     # ComfyUI's VAE has no way to be handed a network; it makes a minimal one, which is then replaced.
@@ -323,7 +336,6 @@ def _small_vae(folder: str, files: CheckpointFiles, config: dict[str, Any]) -> c
     vae.patcher = comfy.model_patcher.CoreModelPatcher(
         vae.first_stage_model, load_device=vae.device, offload_device=memory.vae_offload_device()
     )
-    vae.patcher.cached_patcher_init = (load_vae_patcher, (folder,))
     vae.latent_channels = config["latent_channels"]
     vae.downscale_ratio = vae.upscale_ratio = 2 ** (len(config["block_out_channels"]) - 1)
     vae.size = None
