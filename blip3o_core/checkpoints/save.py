@@ -85,7 +85,7 @@ def save_checkpoint(
     if image_encoder is not None:
         config |= image_encoder_fields(image_encoder)
     shapes = {key: shape_in_file(tensors[key], dtype) for key in sorted(tensors)}
-    write_shards(
+    _write_shards(
         folder,
         shapes,
         lambda key: pieces_of(tensors[key], shapes[key].dtype),
@@ -168,28 +168,6 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_shards(
-    folder: Path,
-    shapes: Mapping[str, TensorShape],
-    read: Callable[[str], Iterable[Tensor]],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write the main weights and their index, tensor after tensor; no tensor is held whole.
-
-    Args:
-        shapes: published name -> what it will be in the file, in the order in which the shards take them.
-        read: gives a tensor's values in pieces, see stream_safetensors.
-        max_shard_bytes: a new shard begins before a file grows beyond this.
-        metadata: strings for the headers.
-    """
-    shards = plan_shards(shapes, max_shard_bytes)
-    for name, shard in shards.items():
-        stream_safetensors(shard, read, folder / name, metadata)
-    write_json(folder / INDEX_NAME, shard_index(shards))
-
-
 def plan_shards(
     shapes: Mapping[str, TensorShape], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> dict[str, dict[str, TensorShape]]:
@@ -210,3 +188,25 @@ def shard_index(shards: Mapping[str, Mapping[str, TensorShape]]) -> dict[str, An
     total = sum(shape.nbytes for shard in shards.values() for shape in shard.values())
     weight_map = {key: name for name, shard in shards.items() for key in shard}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _write_shards(
+    folder: Path,
+    shapes: Mapping[str, TensorShape],
+    read: Callable[[str], Iterable[Tensor]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the main weights and their index, tensor after tensor; no tensor is held whole.
+
+    Args:
+        shapes: published name -> what it will be in the file, in the order in which the shards take them.
+        read: gives a tensor's values in pieces, see stream_safetensors.
+        max_shard_bytes: a new shard begins before a file grows beyond this.
+        metadata: strings for the headers.
+    """
+    shards = plan_shards(shapes, max_shard_bytes)
+    for name, shard in shards.items():
+        stream_safetensors(shard, read, folder / name, metadata)
+    write_json(folder / INDEX_NAME, shard_index(shards))
