@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from .checkpoints.layout import open_checkpoint
-from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder, read_pickle
+from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder
+from .checkpoints.pickles import read_pickle
 from .checkpoints.safetensor_files import write_safetensors
 from .checkpoints.save import save_checkpoint
 from .errors import BadInputError
@@ -34,14 +35,13 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype, image_encoder
     """
     if source.resolve() == target.resolve():
         raise BadInputError(f'Source and target are the same folder "{source}".\nName another target folder.')
-    files = open_checkpoint(source)
-    has_encoder = image_encoder is not None or files.has_component("image_encoder")
+    files = open_checkpoint(source, image_encoder=image_encoder)
     return save_checkpoint(
         target,
         files.config,
         backbone=load_backbone(files),
         dit=load_dit(files),
-        image_encoder=load_image_encoder(files, path=image_encoder) if has_encoder else None,
+        image_encoder=load_image_encoder(files) if files.has_component("image_encoder") else None,
         decoder=load_decoder(files) if files.has_component("decoder") else None,
         tokenizer_from=source,
         dtype=dtype,

@@ -21,7 +21,15 @@ from tqdm import tqdm
 
 from .errors import BadInputError, Blip3oError, MissingFilesError
 from .hub import ConnectionTrouble, Hub, RemoteFile
-from .needed_files import ALIASES, USE_WORDS, USES, needed_files, refuse_foreign_weights, resolve_repo
+from .needed_files import (
+    ALIASES,
+    USE_WORDS,
+    USES,
+    has_decoder,
+    needed_files,
+    refuse_foreign_weights,
+    resolve_repo,
+)
 
 __all__ = [
     "ALIASES",
@@ -132,9 +140,15 @@ class DownloadPlan:
         ]
         if self.left_out:
             size = format_bytes(sum(file.size or 0 for file in self.left_out))
+            words = f"Left out: {size} of weight files that this use does not need"
+            if self.use == "generate":
+                words += ' (the EVA-CLIP image encoder: with use "encode" images can be encoded and varied)'
+            lines += ["", f"{words}."]
+        if not has_decoder(file.path for file in self.files):
             lines += [
                 "",
-                f'Left out: {size} of the EVA-CLIP image encoder, needed to encode or vary images (use "encode").',
+                f"{self.repo} holds no decoder: it answers, but draws only with the decoder of a published checkpoint "
+                f"({' or '.join(ALIASES.values())}; all have the same). Name it when drawing: --decoder FOLDER.",
             ]
         return "\n".join(lines)
 

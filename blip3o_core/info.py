@@ -8,8 +8,10 @@ from typing import Any
 from .checkpoints.infer import infer_eva_clip, infer_nextdit
 from .checkpoints.keys import COMPONENTS
 from .checkpoints.layout import CheckpointFiles
+from .checkpoints.match import left_out_tensors, needed_tensors
+from .checkpoints.safetensor_files import TensorInfo
 from .errors import Blip3oError
-from .memory_plan import GIB, USES, component_tensors, plan_memory
+from .memory_plan import GIB, USES, plan_memory
 from .metadata import checkpoint_fingerprint
 
 MEMORY_SIZES_GIB = (8, 12, 16, 24, 32, 48)
@@ -30,11 +32,13 @@ def describe_checkpoint(files: CheckpointFiles) -> dict[str, Any]:
     """JSON-ready description: components with parameters, bytes, dtypes and sizes, and what fits in which memory."""
     components = {name: _describe(files, name) for name in COMPONENTS}
     present = {name: info for name, info in components.items() if info.problem is None}
+    left_out = [*files.left_out, *(group for name in present for group in left_out_tensors(files, name))]
     return {
         "folder": str(files.folder),
         "name": files.name,
         "fingerprint": checkpoint_fingerprint(files),
         "components": {name: asdict(info) for name, info in components.items()},
+        "left_out": [asdict(group) for group in left_out],
         "total_bytes": sum(info.bytes for info in present.values()),
         "memory": {use: _fits(files, present, use) for use in USES},
     }
@@ -42,20 +46,8 @@ def describe_checkpoint(files: CheckpointFiles) -> dict[str, Any]:
 
 def _describe(files: CheckpointFiles, name: str) -> ComponentInfo:
     try:
-        if name == "decoder":
-            tensors = component_tensors(files, name)
-            unet = files.decoder_config("unet")
-            sizes = {
-                "features": unet.get("cross_attention_dim"),
-                "widths": unet.get("block_out_channels"),
-                "prediction": files.decoder_config("scheduler").get("prediction_type"),
-            }
-        elif name == "image_encoder" and not files.has_component(name):
-            path = files.image_encoder_file()
-            return ComponentInfo(0, path.stat().st_size, [], {"file": path.name})
-        else:
-            tensors = files.component_tensors(name)
-            sizes = _sizes(files, name, tensors)
+        tensors = needed_tensors(files, name)
+        sizes = _sizes(files, name, tensors)
     except Blip3oError as error:
         return ComponentInfo(0, 0, [], {}, str(error))
     infos = tensors.values()
@@ -64,14 +56,23 @@ def _describe(files: CheckpointFiles, name: str) -> ComponentInfo:
     return ComponentInfo(count, sum(info.nbytes for info in infos), dtypes, sizes)
 
 
-def _sizes(files: CheckpointFiles, name: str, tensors: dict[str, Any]) -> dict[str, Any]:
+def _sizes(files: CheckpointFiles, name: str, tensors: dict[str, TensorInfo]) -> dict[str, Any]:
+    if name == "decoder":
+        unet = files.decoder_config("unet")
+        return {
+            "features": unet.get("cross_attention_dim"),
+            "widths": unet.get("block_out_channels"),
+            "prediction": files.decoder_config("scheduler").get("prediction_type"),
+        }
     if name == "dit":
         return asdict(infer_nextdit(tensors, files.name))
     if name == "image_encoder":
-        return asdict(infer_eva_clip(tensors, files.config, files.name))
+        separate = files.image_encoder_file()
+        sizes = asdict(infer_eva_clip(tensors, files.config, files.name))
+        return sizes if separate is None else {**sizes, "file": separate.name}
     layers = {key.split(".")[2] for key in tensors if key.startswith("text.layers.")}
-    queries = tensors["latent_queries"].shape if "latent_queries" in tensors else (1, 0, 0)
-    return {"width": queries[2], "layers": len(layers), "latent_queries": queries[1]}
+    _, queries, width = tensors["latent_queries"].shape
+    return {"width": width, "layers": len(layers), "latent_queries": queries}
 
 
 def _fits(files: CheckpointFiles, present: dict[str, ComponentInfo], use: str) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoints.keys import COMPONENTS
 from .checkpoints.layout import DECODER_NETWORKS, CheckpointFiles
-from .checkpoints.load import read_pickle
-from .checkpoints.safetensor_files import TensorInfo, read_header
+from .checkpoints.match import needed_tensors
+from .checkpoints.safetensor_files import TensorInfo
 from .config import TILE_SIDE
 from .errors import BadInputError
 from .quantize import FORMATS, SKIPPED, SMALLEST_WEIGHTS
@@ -156,37 +155,10 @@ def plan_memory(
     Raises:
         MissingFilesError, WrongCheckpointError: a network of that use cannot be loaded.
     """
-    tensors = {name: component_tensors(files, name) for name in USES[use]}
+    tensors = {name: needed_tensors(files, name) for name in USES[use]}
     configs = {part: files.decoder_config(part) for part in DECODER_NETWORKS} if "decoder" in tensors else {}
     plans = [plan_way(tensors, configs, way, use, budget_bytes, bytes_per_second) for way in WAYS[use]]
     return next((plan for plan in plans if plan.fits), min(plans, key=lambda plan: plan.peak_bytes))
-
-
-def component_tensors(files: CheckpointFiles, component: str) -> dict[str, TensorInfo]:
-    """Tensors of one of the networks; the decoder's under `unet.` and `vae.`.
-
-    Raises:
-        MissingFilesError, WrongCheckpointError: it cannot be loaded.
-    """
-    assert component in COMPONENTS, component
-    if component == "image_encoder" and (separate := files.image_encoder_file()) is not None:
-        return _tensors_of_file(separate)
-    if component != "decoder":
-        return files.component_tensors(component)
-    return {
-        f"{network}.{key}": info
-        for network in DECODER_NETWORKS
-        for key, info in read_header(files.decoder_file(network))[0].items()
-    }
-
-
-def _tensors_of_file(path: Path) -> dict[str, TensorInfo]:
-    if path.suffix == ".safetensors":
-        return read_header(path)[0]
-    return {
-        key: TensorInfo(path, key, tensor.dtype, tuple(tensor.shape), tensor.nbytes)
-        for key, tensor in read_pickle(path).items()
-    }
 
 
 def network_bytes(tensors: Mapping[str, TensorInfo], weight_format: str | None = None) -> int:
@@ -234,7 +206,7 @@ def plan_way(
     """What one way takes.
 
     Args:
-        tensors: of each network of the use, as component_tensors gives them.
+        tensors: of each network of the use, as needed_tensors gives them.
         decoder_configs: of "unet" and "vae"; needed when the use has the decoder.
     """
     placements, sizes = [], {}

@@ -11,8 +11,9 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .checkpoints.layout import DECODER_FOLDER, CheckpointFiles
-from .checkpoints.safetensor_files import read_header, read_tensors
+from .checkpoints.layout import CheckpointFiles
+from .checkpoints.match import needed_tensors
+from .checkpoints.safetensor_files import read_tensors
 from .errors import BadInputError
 from .lora import dit_fingerprint
 from .presets import Generation
@@ -38,16 +39,14 @@ def checkpoint_fingerprint(files: CheckpointFiles) -> str:
     Reads a fraction of a second's worth of bytes, so it tells versions apart but proves no integrity.
     """
     paths = {info.path for info in files.tensors.values()}
-    paths |= set((files.folder / DECODER_FOLDER).glob("*/*.safetensors"))
+    paths |= set(files.decoder_folder.glob("*/*.safetensors"))
     digest = hashlib.sha256()
     for path in sorted(paths):
         _hash_ends(digest, path)
     return digest.hexdigest()[:16]
 
 
-def component_fingerprint(
-    files: CheckpointFiles, component: str, *, image_encoder_path: Path | None = None
-) -> str:
+def component_fingerprint(files: CheckpointFiles, component: str) -> str:
     """Hash of one network of a checkpoint, 16 hex digits: names, shapes and both ends of each of its tensors.
 
     Of the DiT it is lora.dit_fingerprint. For the others, whose outputs are kept on disk, the numbers in which they are
@@ -56,14 +55,13 @@ def component_fingerprint(
 
     Args:
         component: backbone, dit or image_encoder.
-        image_encoder_path: a separate EVA-CLIP file or its folder.
     """
     digest = hashlib.sha256()
-    separate = files.image_encoder_file(image_encoder_path) if component == "image_encoder" else None
+    separate = files.image_encoder_file() if component == "image_encoder" else None
     if separate is not None and separate.suffix != ".safetensors":
         _hash_ends(digest, separate)
         return digest.hexdigest()[:16]
-    tensors = read_header(separate)[0] if separate else files.component_tensors(component, allow_unknown=True)
+    tensors = needed_tensors(files, component)
     # The tensors are mapped, not read: just the pages with their ends are touched.
     of_tensors = dit_fingerprint(dict(read_tensors(tensors)))
     if component == "dit":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -93,8 +94,7 @@ def needed_files(
         WrongCheckpointError: the repository is not a complete BLIP3-o checkpoint, or names files outside the folder.
     """
     tensors = _tensor_names(hub, listing, folder)
-    encoder_shards = [shard for shard, keys in tensors.items() if all(map(_is_image_encoder, keys))]
-    left_out = encoder_shards if use == "generate" else []
+    left_out = [shard for shard, keys in tensors.items() if not any(_is_needed(key, use) for key in keys)]
     names = [*_small_files(listing), *_decoder_weights(listing)]
     names += sorted(shard for shard in tensors if shard not in left_out)
     files = {name: listing.files[name] for name in names}
@@ -120,8 +120,14 @@ def refuse_foreign_weights(folder: Path, listing: Listing) -> None:
         )
 
 
+def has_decoder(paths: Iterable[str]) -> bool:
+    """Whether any of these files belongs to a decoder; finetunes are often saved without one."""
+    return any(path.startswith(f"{DECODER_FOLDER}/") for path in paths)
+
+
 def _small_files(listing: Listing) -> list[str]:
-    missing = [name for name in ("config.json", *DECODER_CONFIGS) if name not in listing.files]
+    needed = ("config.json", *(DECODER_CONFIGS if has_decoder(listing.files) else ()))
+    missing = [name for name in needed if name not in listing.files]
     if "tokenizer.json" not in listing.files and not {"vocab.json", "merges.txt"} <= listing.files.keys():
         missing.append("tokenizer.json")
     if missing:
@@ -130,8 +136,8 @@ def _small_files(listing: Listing) -> list[str]:
 
 
 def _decoder_weights(listing: Listing) -> list[str]:
-    needed = []
-    for network in DECODER_NETWORKS:
+    needed: list[str] = []
+    for network in DECODER_NETWORKS if has_decoder(listing.files) else ():
         names = [f"{DECODER_FOLDER}/{network}/{name}" for name in DECODER_WEIGHTS]
         listed = [name for name in names if name in listing.files]
         if not listed:
@@ -187,9 +193,15 @@ def _read_header_names(hub: Hub, file: RemoteFile) -> list[str]:
         raise _unreadable(file.repo, file.source) from error
 
 
+def _is_needed(key: str, use: str) -> bool:
+    place = to_component_key(key)
+    components = ("backbone", "dit") if use == "generate" else ("backbone", "dit", "image_encoder")
+    return place is not None and place.component in components
+
+
 def _is_image_encoder(key: str) -> bool:
-    mapped = to_component_key(key)
-    return mapped is not None and mapped[0] == "image_encoder"
+    place = to_component_key(key)
+    return place is not None and place.component == "image_encoder"
 
 
 def _separate_image_encoder(hub: Hub, folder: Path) -> dict[str, RemoteFile]:

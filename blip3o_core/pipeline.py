@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .checkpoints.keys import COMPONENTS
 from .checkpoints.layout import CheckpointFiles, open_checkpoint
 from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder
+from .checkpoints.match import needed_tensors
 from .checkpoints.safetensor_files import read_tensors
 from .compiling import compile_dit, compile_network
 from .decoding import PixelCallback, PixelSettings, decode_features, picture_size
@@ -85,8 +86,6 @@ class Blip3oPipeline:
         stream: keep backbone and image encoder in host memory for good, see stream_layers.
         compile: on a CUDA GPU, record the steps of the DiT and, unless the backbone moves, of answers as CUDA graphs; and
             torch.compile them and the UNet where that works.
-        image_encoder_path: a separate EVA-CLIP file or its folder.
-        allow_unknown: leave tensors of unknown name out instead of refusing the checkpoint.
     """
 
     def __init__(
@@ -99,8 +98,6 @@ class Blip3oPipeline:
         quantize: str | None = None,
         stream: bool = False,
         compile: bool = False,
-        image_encoder_path: Path | None = None,
-        allow_unknown: bool = False,
     ) -> None:
         self.files = files
         self.dtype = dtype
@@ -110,8 +107,6 @@ class Blip3oPipeline:
         self.compile = compile and device.type == "cuda"
         if compile and not self.compile:
             logger.warning("compile has nothing to gain without a CUDA GPU; going on without it")
-        self._image_encoder_path = image_encoder_path
-        self._allow_unknown = allow_unknown
         self._components: dict[str, nn.Module] = {}
         self._streamed: set[str] = set(LARGE_NETWORKS if stream else ())
         self._tokenizer: TextTokenizer | None = None
@@ -188,7 +183,7 @@ class Blip3oPipeline:
         check_range("strength of a LoRA", strength, -100, 100)
         file = lora if isinstance(lora, LoraFile) else read_lora(lora)
         tensors = {
-            name: self.files.component_tensors(name, allow_unknown=self._allow_unknown)
+            name: needed_tensors(self.files, name)
             for name in ("dit", "backbone")
             if self.files.has_component(name)
         }
@@ -270,7 +265,7 @@ class Blip3oPipeline:
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(channels, H, W) of the feature grid: as many cells as latent queries."""
-        tensors = self.files.component_tensors("backbone", allow_unknown=self._allow_unknown)
+        tensors = self.files.component_tensors("backbone")
         queries = tensors["latent_queries"].shape[1]
         side = round(queries**0.5)
         return self.dit.config.in_channels, side, side
@@ -721,9 +716,8 @@ class Blip3oPipeline:
         options: dict[str, Any] = {"dtype": self.dtype, "device": device}
         if name == "decoder":
             return load_decoder(self.files, **options)
-        options["allow_unknown"] = self._allow_unknown
         if name == "image_encoder":
-            return load_image_encoder(self.files, path=self._image_encoder_path, **options)
+            return load_image_encoder(self.files, **options)
         network = (load_backbone if name == "backbone" else load_dit)(self.files, **options)
         loras = [(each.changes[name], each.strength) for each in self._loras if name in each.changes]
         apply_changes(network, loras)
@@ -763,7 +757,8 @@ def load_pipeline(
     stream: bool = False,
     compile: bool = False,
     image_encoder_path: str | Path | None = None,
-    allow_unknown: bool = False,
+    decoder_path: str | Path | None = None,
+    strict: bool = False,
 ) -> Blip3oPipeline:
     """Open a checkpoint folder; weights are read when first used.
 
@@ -778,6 +773,8 @@ def load_pipeline(
         compile: on a CUDA GPU, record the steps of the DiT and, unless the backbone moves, of answers as CUDA graphs; and
             torch.compile them and the UNet where that works. The first picture and the first answer take a minute more.
         image_encoder_path: a separate EVA-CLIP file or its folder.
+        decoder_path: a decoder folder, or a checkpoint folder that has one, instead of the checkpoint's own.
+        strict: refuse a checkpoint with tensors that no network needs, instead of leaving them out.
 
     Raises:
         MissingFilesError, WrongCheckpointError: see checkpoints/layout.py.
@@ -785,7 +782,7 @@ def load_pipeline(
     """
     if quantize is not None:
         check_format(quantize)
-    files = open_checkpoint(folder)
+    files = open_checkpoint(folder, image_encoder=image_encoder_path, decoder=decoder_path, strict=strict)
     place = pick_device(device)
     return Blip3oPipeline(
         files,
@@ -795,8 +792,6 @@ def load_pipeline(
         quantize=quantize,
         stream=stream,
         compile=compile,
-        image_encoder_path=None if image_encoder_path is None else Path(image_encoder_path).expanduser(),
-        allow_unknown=allow_unknown,
     )
 
 

@@ -189,7 +189,7 @@ class _Verification:
         separate = self.folder / "eva_clip_vision_tower"
         if separate.is_dir() and self.pipeline.files.has_component("image_encoder"):
             towers["eva from its own file"] = load_image_encoder(
-                open_checkpoint(self.folder / "checkpoint"), path=separate, dtype=torch.float32
+                open_checkpoint(self.folder / "checkpoint", image_encoder=separate), dtype=torch.float32
             )
         picture = load_image(self.folder / "eva_image.png")
         for label, encoder in towers.items():

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..blip3o_core.checkpoints.keys import COMPONENTS
-from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
+from ..blip3o_core.checkpoints.layout import CheckpointFiles
 from ..blip3o_core.checkpoints.safetensor_files import write_safetensors
 from ..blip3o_core.devices import pick_device, pick_dtype
 from ..blip3o_core.errors import MissingFilesError, TrainingDataError
@@ -34,7 +34,7 @@ from .config import LoraConfig
 from .crops import choose_views, cut, describe_transform, grid_weights, read_mask
 from .dataset import DIGEST_DIGITS, Dataset, Item, Problem
 from .memory import OVERHEAD_BYTES
-from .plan import free_memory, parameters_of
+from .plan import free_memory, open_base, parameters_of
 from .records import EventSink, Interrupted, Sample, StopCheck, TrainingData
 
 CACHE_NAME = "cache"
@@ -87,8 +87,7 @@ class CacheKeys:
 
     @cached_property
     def image_encoder(self) -> str:
-        path = self.config.model.image_encoder
-        return component_fingerprint(self.files, "image_encoder", image_encoder_path=path)
+        return component_fingerprint(self.files, "image_encoder")
 
     @cached_property
     def template(self) -> str:
@@ -130,7 +129,7 @@ def encoding_dtype(config: LoraConfig) -> torch.dtype:
     """The numbers in which image encoder and backbone compute for a run: never the reduced ones of the fit."""
     device = pick_device(config.model.device)
     name = config.model.base_dtype
-    size = sum(open_checkpoint(config.checkpoint).component_bytes.values())
+    size = sum(open_base(config).component_bytes.values())
     return pick_dtype(name if name in ("fp32", "bf16") else "auto", device, size)
 
 
@@ -141,12 +140,13 @@ def open_pipeline(config: LoraConfig) -> Blip3oPipeline:
         dtype=encoding_dtype(config),
         device=config.model.device,
         image_encoder_path=config.model.image_encoder,
+        decoder_path=config.model.decoder,
     )
 
 
 def cache_keys(config: LoraConfig) -> CacheKeys:
     """Names of a run's entries; reads a few rows of the checkpoint, loads nothing."""
-    return CacheKeys(config, open_checkpoint(config.checkpoint), encoding_dtype(config))
+    return CacheKeys(config, open_base(config), encoding_dtype(config))
 
 
 def cache_features(
@@ -336,11 +336,11 @@ def read_entry(path: Path) -> Tensor:
     return tensor
 
 
-def is_too_large(config: LoraConfig, pipeline: Blip3oPipeline, component: str) -> bool:
+def is_too_large(pipeline: Blip3oPipeline, component: str) -> bool:
     """Whether a network does not fit into what is free of the pipeline's GPU."""
     if pipeline.device.type != "cuda":
         return False
-    needed = parameters_of(pipeline.files, component, config) * pipeline.dtype.itemsize + OVERHEAD_BYTES
+    needed = parameters_of(pipeline.files, component) * pipeline.dtype.itemsize + OVERHEAD_BYTES
     return needed > free_memory(pipeline.device)
 
 
@@ -443,7 +443,7 @@ def _fill(
                 message = f"The cache entry of {labels[path]} was damaged ({error}) and is computed again."
                 tell({"event": "warning", "message": message})
                 repaired += 1
-            if not computed and is_too_large(config, pipeline, component):
+            if not computed and is_too_large(pipeline, component):
                 tell({"event": "warning", "message": TOO_LARGE[component]})
                 pipeline.stream(component)
             tensor = compute().cpu()

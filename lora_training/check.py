@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..blip3o_core.checkpoints.infer import infer_eva_clip, infer_nextdit
 from ..blip3o_core.checkpoints.keys import COMPONENTS
-from ..blip3o_core.checkpoints.layout import COMPONENT_WORDS, CheckpointFiles, open_checkpoint
-from ..blip3o_core.checkpoints.safetensor_files import read_header
+from ..blip3o_core.checkpoints.layout import CheckpointFiles
+from ..blip3o_core.checkpoints.match import match_network
 from ..blip3o_core.config import EvaClipConfig
 from ..blip3o_core.devices import pick_device
 from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError, TrainingDataError
@@ -22,7 +21,7 @@ from ..blip3o_core.prompts import IMAGE_PAD, TRAINED_PROMPT_TOKENS, TextTokenize
 from .config import LoraConfig
 from .crops import open_mask, share_cut_away
 from .dataset import LOOK_SIZE, TRIGGER_PLACE, Dataset, Item, Problem, names_trigger, scan_run
-from .plan import PhaseMemory, dit_without_weights, free_memory, learning_parameters, plan_phases
+from .plan import PhaseMemory, dit_without_weights, free_memory, learning_parameters, open_base, plan_phases
 
 GIB = 2**30
 # Smaller pictures hold nothing to learn from.
@@ -105,6 +104,7 @@ def check(config: LoraConfig, *, tokenizer: TextTokenizer | None = None) -> Repo
     """
     problems: list[Problem] = []
     files, encoder = _check_model(config, problems)
+    is_usable = all(problem.level != "error" for problem in problems)
     if tokenizer is None and files is not None:
         try:
             tokenizer = TextTokenizer(files.folder)
@@ -120,9 +120,9 @@ def check(config: LoraConfig, *, tokenizer: TextTokenizer | None = None) -> Repo
         problems += _check_captions(dataset, tokenizer)
         notes = tuple(_notes(dataset, config))
     plan, free = (), None
-    if files is not None and encoder is not None:
+    if is_usable and files is not None and encoder is not None:
         plan, free = _check_memory(config, files, encoder, problems)
-    problems += _check_disk(config, dataset, files)
+    problems += _check_disk(config, dataset, files if is_usable else None)
     return Report(dataset, tuple(problems), notes, plan, free)
 
 
@@ -152,29 +152,23 @@ def _check_model(
     config: LoraConfig, problems: list[Problem]
 ) -> tuple[CheckpointFiles | None, EvaClipConfig | None]:
     try:
-        files = open_checkpoint(config.checkpoint)
+        files = open_base(config)
     except Blip3oError as error:
         problems.append(Problem("error", "model", str(error)))
         return None, None
+    encoder: EvaClipConfig | None = None
     for component in COMPONENTS:
-        if component != "image_encoder" and not files.has_component(component):
+        try:
+            network = match_network(files, component).network
+        except Blip3oError as error:
             # A LoRA can be trained without pictures being drawn.
-            level = "warning" if component == "decoder" else "error"
-            text = f'The model "{files.name}" has no {COMPONENT_WORDS[component]}.'
-            problems.append(Problem(level, "model", text))
-    try:
-        separate = files.image_encoder_file(config.model.image_encoder)
-        if separate is None:
-            tensors = files.component_tensors("image_encoder", allow_unknown=True)
-        elif separate.suffix == ".safetensors":
-            tensors = read_header(separate)[0]
-        else:
-            # A pickle tells its sizes only when it is opened; the published one has the published sizes.
-            return files, EvaClipConfig()
-        return files, infer_eva_clip(tensors, files.config, files.name)
-    except Blip3oError as error:
-        problems.append(Problem("error", "model", str(error)))
-        return files, None
+            is_absent = component == "decoder" and not files.has_component(component)
+            level = "warning" if is_absent else "error"
+            problems.append(Problem(level, "model", str(error)))
+            continue
+        if component == "image_encoder":
+            encoder = network.config
+    return files, encoder
 
 
 def _scan(config: LoraConfig, problems: list[Problem]) -> Dataset | None:
@@ -445,9 +439,7 @@ def _check_disk(
 
 
 def _cache_bytes(dataset: Dataset, files: CheckpointFiles) -> int:
-    if not files.has_component("dit"):
-        return 0
-    sizes = infer_nextdit(files.component_tensors("dit", allow_unknown=True), files.name)
+    sizes = dit_without_weights(files).config
     crop = dataset.config.crop
     views = (crop.views if crop.mode == "views" else 1) * (2 if crop.flip else 1)
     # 64 features and as many queries; features are kept in fp32.
@@ -457,7 +449,7 @@ def _cache_bytes(dataset: Dataset, files: CheckpointFiles) -> int:
 
 def _state_bytes(config: LoraConfig, files: CheckpointFiles) -> int:
     """Weights, average and the optimiser's two moments in fp32."""
-    return 16 * learning_parameters(config, dit_without_weights(files)) if files.has_component("dit") else 0
+    return 16 * learning_parameters(config, dit_without_weights(files))
 
 
 def _about(

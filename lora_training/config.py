@@ -43,6 +43,7 @@ class ModelConfig:
     Attributes:
         root: checkpoint folder, or "built-in".
         image_encoder: a separate EVA-CLIP file or its folder.
+        decoder: a decoder folder, or a checkpoint folder that has one, where the model's own has none.
         base_dtype: of the frozen weights while fitting; auto = bf16 on a GPU, fp32 on the CPU.
         device: auto, cpu, cuda or mps.
         compile: torch.compile the DiT; worth it from a few hundred steps on a GPU.
@@ -50,6 +51,7 @@ class ModelConfig:
 
     root: str = BUILT_IN
     image_encoder: Path | None = None
+    decoder: Path | None = None
     base_dtype: Literal["auto", "fp32", "bf16", "fp8", "nf4"] = "auto"
     device: str = "auto"
     compile: bool = False
@@ -626,7 +628,8 @@ def _deep_copy(tree: Any) -> Any:
 def _resolve_paths(config: LoraConfig, base: Path) -> LoraConfig:
     """Relative paths of a configuration file count from its folder."""
     tree = to_tree(config)
-    places = [("run", "dir"), ("data", "path"), ("model", "image_encoder"), ("adapter", "start_from")]
+    places = [("run", "dir"), ("data", "path"), ("adapter", "start_from")]
+    places += [("model", "image_encoder"), ("model", "decoder")]
     if config.model.root != BUILT_IN:
         places.append(("model", "root"))
     for section, key in places:

@@ -13,6 +13,7 @@ from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
+from ..blip3o_core.checkpoints.match import needed_tensors
 from ..blip3o_core.checkpoints.safetensor_files import read_tensors
 from ..blip3o_core.checkpoints.save import write_json
 from ..blip3o_core.errors import BadInputError, WrongAdapterError
@@ -190,7 +191,7 @@ def to_peft(
 def base_weights(checkpoint: CheckpointFiles) -> Weights:
     """Weights of the networks that LoRAs change, by network and key of its state_dict; read from disk when used."""
     return {
-        component: dict(read_tensors(checkpoint.component_tensors(component, allow_unknown=True)))
+        component: dict(read_tensors(needed_tensors(checkpoint, component)))
         for component in (DIT, BACKBONE)
         if checkpoint.has_component(component)
     }

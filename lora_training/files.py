@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..blip3o_core.checkpoints.layout import CheckpointFiles
+from ..blip3o_core.checkpoints.match import needed_tensors
 from ..blip3o_core.checkpoints.safetensor_files import read_tensors, write_safetensors
 from ..blip3o_core.errors import WrongAdapterError
 from ..blip3o_core.lora import BASE_KEY, WIDTH_KEY, LoraFile, dit_fingerprint, read_lora
@@ -119,7 +120,7 @@ def lora_metadata(
         strength: at which it looks best.
         date: None = now.
     """
-    base = dict(read_tensors(checkpoint.component_tensors(DIT, allow_unknown=True)))
+    base = dict(read_tensors(needed_tensors(checkpoint, DIT)))
     width = base["caption_projection.linear_1.weight"].shape[1]
     ranks, alphas, kinds = _most_common(LoraFile(config.run.name, dict(tensors)))
     trigger = config.data.trigger

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..blip3o_core.checkpoints.layout import open_checkpoint
 from ..blip3o_core.checkpoints.load import load_decoder, load_image_encoder
+from ..blip3o_core.checkpoints.match import needed_tensors
 from ..blip3o_core.checkpoints.save import save_checkpoint
 from ..blip3o_core.errors import BadInputError, WrongAdapterError
 from ..blip3o_core.lora import BASE_KEY, WIDTH_KEY, LoraFile, check_whole, dit_fingerprint
@@ -139,7 +140,7 @@ def merge_into_checkpoint(
     if source.resolve() == target.resolve():
         raise BadInputError(f'Source and target are the same folder "{source}".\nName another target folder.')
     files = open_checkpoint(source)
-    dtypes = {info.dtype for name in (DIT, BACKBONE) for info in files.component_tensors(name).values()}
+    dtypes = {info.dtype for name in (DIT, BACKBONE) for info in needed_tensors(files, name).values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     pipeline = load_pipeline(source, dtype=dtype, device="cpu")
     loaded = [pipeline.load_lora(lora, strength) for lora, strength in loras]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from ..blip3o_core.checkpoints.infer import infer_nextdit
-from ..blip3o_core.checkpoints.layout import CheckpointFiles
+from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
+from ..blip3o_core.checkpoints.match import match_network, needed_tensors
 from ..blip3o_core.config import EvaClipConfig
 from ..blip3o_core.devices import pick_dtype
 from ..blip3o_core.models.nextdit import NextDiT
@@ -53,7 +53,7 @@ def plan_phases(
     base = BASE_BYTES.get(name, 4.0 if device.type == "cpu" else 2.0)
     patches = encoder.patch_grid**2 + 1
     looking = encoding * patches * (encoder.mlp_dim + 8 * encoder.width)
-    features = encoding * parameters_of(files, "image_encoder", config) + looking
+    features = encoding * parameters_of(files, "image_encoder") + looking
     backbone = encoding * parameters_of(files, "backbone")
     fit, how = _plan_fit(config, files, encoder.feature_grid**2, base, device, free)
     plan = [
@@ -101,10 +101,15 @@ def _plan_fit(
     return plan.needed + other, f"{networks}, {plan.micro_batch} to a call{checkpointing}"
 
 
+def open_base(config: LoraConfig) -> CheckpointFiles:
+    """The files of a run's model, with the parts that its configuration takes from elsewhere."""
+    model = config.model
+    return open_checkpoint(config.checkpoint, image_encoder=model.image_encoder, decoder=model.decoder)
+
+
 def dit_without_weights(files: CheckpointFiles) -> NextDiT:
     """A checkpoint's DiT on the meta device: it has sizes, but takes no memory."""
-    with torch.device("meta"):
-        return NextDiT(infer_nextdit(files.component_tensors("dit", allow_unknown=True), files.name))
+    return match_network(files, "dit").network
 
 
 def learning_parameters(config: LoraConfig, dit: NextDiT) -> int:
@@ -135,17 +140,6 @@ def free_memory(device: torch.device) -> int | None:
     return psutil.virtual_memory().available if device.type in ("cpu", "mps") else None
 
 
-def parameters_of(files: CheckpointFiles, component: str, config: LoraConfig | None = None) -> int:
-    """Numbers in a network; where only its size on disk is known, as if it were kept in bf16.
-
-    Args:
-        config: says where a separate image encoder is.
-    """
-    if component == "decoder":
-        return files.component_bytes["decoder"] // 2
-    if component == "image_encoder":
-        separate = files.image_encoder_file(config.model.image_encoder if config else None)
-        if separate is not None:
-            return separate.stat().st_size // 2
-    tensors = files.component_tensors(component, allow_unknown=True)
-    return sum(info.nbytes // info.dtype.itemsize for info in tensors.values())
+def parameters_of(files: CheckpointFiles, component: str) -> int:
+    """Numbers in a network."""
+    return sum(info.nbytes // info.dtype.itemsize for info in needed_tensors(files, component).values())

@@ -69,7 +69,7 @@ CONFIG_NAME, DATA_NAME, FINAL = "config.yaml", "data.json", "final"
 CEILING_PICTURES, SHOWN_OTHERS = 6, 2
 # Settings that a begun run may change: they do not change what it learns, or say how long.
 CHANGEABLE = (
-    "run.dir", "model.root", "model.image_encoder", "model.device", "model.compile", "data.path", "adapter.start_from",
+    "run.dir", "model.root", "model.image_encoder", "model.decoder", "model.device", "model.compile", "data.path", "adapter.start_from",
     "train.prior.reg_path", "train.steps", "train.micro_batch", "train.grad_checkpoint", "validate", "sample", "save",
     "monitor",
 )  # fmt: skip

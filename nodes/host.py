@@ -15,7 +15,7 @@ from comfyui_version import __version__ as comfyui_version
 from PIL import Image
 from torch import Tensor, nn
 
-from ..blip3o_core.checkpoints.layout import is_checkpoint_folder
+from ..blip3o_core.checkpoints.layout import DECODER_FOLDER, is_checkpoint_folder
 from ..blip3o_core.config import BUILT_IN_MODEL
 from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
 
@@ -68,8 +68,20 @@ def list_checkpoints() -> list[str]:
     return [BUILT_IN, *sorted(found)]
 
 
+def list_decoders() -> list[str]:
+    """Names of the folders that hold a decoder: checkpoints, and decoder folders that lie there alone."""
+    found = set()
+    for root in map(Path, folder_paths.get_folder_paths(MODEL_FOLDER)):
+        for depth in ("*", "*/*"):
+            for config in root.glob(f"{depth}/unet/config.json"):
+                folder = config.parent.parent
+                is_inside = folder.name == DECODER_FOLDER and is_checkpoint_folder(folder.parent)
+                found.add((folder.parent if is_inside else folder).relative_to(root).as_posix())
+    return [BUILT_IN, *sorted(found)]
+
+
 def find_checkpoint(name: str) -> Path:
-    """Folder of a name from list_checkpoints.
+    """Folder of a name from list_checkpoints or list_decoders.
 
     Raises:
         MissingFilesError: no registered folder holds it.

@@ -12,11 +12,11 @@ from comfy_api.latest import io
 
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.load import load_backbone, load_image_encoder
+from ..blip3o_core.checkpoints.match import describe_left_out, needed_tensors
 from ..blip3o_core.errors import Blip3oError
 from ..blip3o_core.memory_plan import (
     GIB,
     USES,
-    component_tensors,
     largest_file,
     measure_disk,
     network_bytes,
@@ -27,6 +27,7 @@ from .native_dit import load_dit_patcher
 from .sockets import BackboneHandle, BackboneType, ImageEncoderHandle, ImageEncoderType
 
 CATEGORY = "BLIP3-o/load"
+OWN_DECODER = "of the checkpoint"
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
 # What a network needs on the device beside its weights, the driver's share included.
 WORKING_BYTES = 2560 * 2**20
@@ -93,7 +94,7 @@ def memory_text(files: CheckpointFiles, choice: str, device_bytes: int) -> str:
     lines, largest, read = [], 0, 0
     for component in USES["draw"]:
         storage, _ = network_dtypes(files, component, choice)
-        tensors = component_tensors(files, component)
+        tensors = needed_tensors(files, component)
         size = network_bytes(tensors, "fp8") if storage.itemsize == 1 else network_bytes(tensors)
         size = size * 2 if storage == torch.float32 else size
         lines.append(f"{component}: {size / GIB:.2f} GB in {str(storage).removeprefix('torch.')}")
@@ -106,7 +107,10 @@ def memory_text(files: CheckpointFiles, choice: str, device_bytes: int) -> str:
         verdict = "each network fits and is brought there while it works"
     lines.append(f"{memory.get_torch_device().type} with {device_bytes / GIB:.1f} GB: {verdict}")
     seconds = read / measure_disk(largest_file(files))
-    return "\n".join([*lines, f"first use reads {read / GIB:.2f} GB, about {seconds:.0f} s from this disk"])
+    lines.append(f"first use reads {read / GIB:.2f} GB, about {seconds:.0f} s from this disk")
+    if files.left_out:
+        lines.append(f"left out: {describe_left_out(files.left_out)}")
+    return "\n".join(lines)
 
 
 def checkpoint_input() -> io.Combo.Input:
@@ -129,10 +133,15 @@ def dtype_input() -> io.Combo.Input:
     )
 
 
-def validate_checkpoint(name: str) -> bool | str:
+def decoder_folder(name: str) -> str | None:
+    """Folder of a choice of the decoder widget; None = the checkpoint's own."""
+    return None if name == OWN_DECODER else str(host.find_checkpoint(name))
+
+
+def validate_checkpoint(name: str, decoder: str = OWN_DECODER) -> bool | str:
     """True, or the sentence that ComfyUI shows on the node before anything runs."""
     try:
-        open_checkpoint(host.find_checkpoint(name))
+        open_checkpoint(host.find_checkpoint(name), decoder=decoder_folder(decoder))
     except Blip3oError as error:
         return str(error)
     return True
@@ -148,7 +157,19 @@ class LoadBlip3o(io.ComfyNode):
             description="Load the parts of a BLIP3-o checkpoint. Connect backbone to Encode Prompt or Ask, dit to "
             "Sample Image Features, decoder and vae to Decode Image Features.",
             search_aliases=["blip3o", "blip 3", "load model", "checkpoint loader", "unified model"],
-            inputs=[checkpoint_input(), dtype_input()],
+            inputs=[
+                checkpoint_input(),
+                dtype_input(),
+                io.Combo.Input(
+                    "decoder",
+                    options=[OWN_DECODER, *host.list_decoders()],
+                    default=OWN_DECODER,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where the decoder is taken from. A finetune is often saved without one: choose a checkpoint that "
+                    "has it, all published ones have the same.",
+                ),
+            ],
             outputs=[
                 BackboneType.Output(
                     "backbone", tooltip="Qwen2.5-VL with latent queries: reads prompts, answers questions."
@@ -167,23 +188,25 @@ class LoadBlip3o(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str) -> bool | str:
-        return validate_checkpoint(checkpoint)
+    def validate_inputs(cls, checkpoint: str, decoder: str = OWN_DECODER) -> bool | str:
+        return validate_checkpoint(checkpoint, decoder)
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, **unused: Any) -> str:
-        return host.checkpoint_fingerprint(checkpoint)
+    def fingerprint_inputs(cls, checkpoint: str, decoder: str = OWN_DECODER, **unused: Any) -> str:
+        names = [checkpoint] if decoder == OWN_DECODER else [checkpoint, decoder]
+        return " ".join(map(host.checkpoint_fingerprint, names))
 
     @classmethod
-    def execute(cls, checkpoint: str, dtype: str) -> io.NodeOutput:
+    def execute(cls, checkpoint: str, dtype: str, decoder: str = OWN_DECODER) -> io.NodeOutput:
         folder = host.find_checkpoint(checkpoint)
-        text = memory_text(open_checkpoint(folder), dtype, memory.get_total_memory())
+        painter = decoder_folder(decoder)
+        text = memory_text(open_checkpoint(folder, decoder=painter), dtype, memory.get_total_memory())
         host.show_text(text, cls.hidden.unique_id)
         return io.NodeOutput(
             load_backbone_handle(folder, dtype),
             load_dit_patcher(str(folder), dtype),
-            load_decoder_patcher(str(folder), dtype),
-            load_vae(str(folder)),
+            load_decoder_patcher(str(folder), dtype, painter),
+            load_vae(str(folder), painter),
         )
 
 

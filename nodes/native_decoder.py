@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import comfy.latent_formats
@@ -20,7 +19,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep, UNetModel
 from torch import Tensor, nn
 
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
-from ..blip3o_core.checkpoints.safetensor_files import read_header, read_tensors
+from ..blip3o_core.checkpoints.safetensor_files import read_tensors
 from ..blip3o_core.errors import BadInputError, WrongCheckpointError
 from . import host, layers, preview
 
@@ -194,14 +193,18 @@ class FeatureDecoder(comfy.model_base.SDXL):
 
 
 def load_decoder_patcher(
-    folder: str, dtype: str, disable_dynamic: bool = False
+    folder: str, dtype: str, decoder: str | None = None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    """The decoder's UNet of a checkpoint folder as a MODEL. Arguments as load_dit_patcher."""
-    files = open_checkpoint(Path(folder))
+    """The decoder's UNet of a checkpoint folder as a MODEL. Arguments as load_dit_patcher.
+
+    Args:
+        decoder: folder of another decoder; None = the checkpoint's own.
+    """
+    files = open_checkpoint(folder, decoder=decoder)
     unet_config, vae_config = files.decoder_config("unet"), files.decoder_config("vae")
     scheduler = files.decoder_config("scheduler")
     storage, compute = host.storage_and_compute_dtype(
-        dtype, SUPPORTED_DTYPES, files.decoder_file("unet").stat().st_size
+        dtype, SUPPORTED_DTYPES, sum(info.nbytes for info in files.decoder_tensors("unet").values())
     )
     settings = unet_settings(unet_config, files.name)
     ops = comfy.ops.manual_cast if storage != compute else comfy.ops.disable_weight_init
@@ -211,7 +214,7 @@ def load_decoder_patcher(
     layers.set_dtypes(unet, storage, compute)
     rgb, native_side = None, unet_config["sample_size"] * pixels_per_latent(vae_config)
     if not is_sdxl_vae(vae_config):
-        rgb = preview.latent_factors(load_vae(folder), native_side, vae_config["scaling_factor"])
+        rgb = preview.latent_factors(load_vae(folder, decoder), native_side, vae_config["scaling_factor"])
     latents = DecoderLatents(vae_config, rgb)
     config = DecoderConfig({**settings, "disable_unet_model_creation": True}, latents, scheduler)
     config.set_inference_dtype(storage, compute)
@@ -223,22 +226,22 @@ def load_decoder_patcher(
         time_width=unet_config["addition_time_embed_dim"],
         native_side=native_side,
     )
-    return host.make_patcher(model, load_decoder_patcher, (folder, dtype), disable_dynamic=disable_dynamic)
+    return host.make_patcher(
+        model, load_decoder_patcher, (folder, dtype, decoder), disable_dynamic=disable_dynamic
+    )
 
 
 def _fill_unet(
     unet: UNetModel, settings: dict[str, Any], files: CheckpointFiles, dtype: torch.dtype | None
 ) -> None:
     names = comfy.utils.unet_to_diffusers(settings)
-    infos = read_header(files.decoder_file("unet"))[0]
-    unknown = [key for key in infos if key not in names]
-    state_dict = {names[key]: tensor for key, tensor in read_tensors(infos, dtype=dtype) if key in names}
-    missing, unexpected = unet.load_state_dict(state_dict, strict=False, assign=True)
-    if missing or unexpected or unknown:
+    infos = {key: info for key, info in files.decoder_tensors("unet").items() if key in names}
+    state_dict = {names[key]: tensor for key, tensor in read_tensors(infos, dtype=dtype)}
+    missing, _ = unet.load_state_dict(state_dict, strict=False, assign=True)
+    if missing:
         raise WrongCheckpointError(
-            f'The decoder of checkpoint "{files.name}" does not fit its configuration: {len(missing)} weights are missing, '
-            f"{len(unexpected) + len(unknown)} are unknown (e.g. {[*missing, *unexpected, *unknown][0]}).\n"
-            f'Delete "{files.decoder_file("unet").parent}" and download it again.'
+            f'The decoder of checkpoint "{files.name}" does not fit its configuration: {len(missing)} weights are missing '
+            f'(e.g. {missing[0]}).\nDelete "{files.decoder_folder / "unet"}" and download it again.'
         )
 
 
@@ -275,27 +278,35 @@ def pixels_per_latent(config: dict[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def load_vae(folder: str) -> comfy.sd.VAE:
-    """The decoder's autoencoder as a VAE: ComfyUI's own network where the sizes are SDXL's, diffusers' otherwise."""
-    files = open_checkpoint(Path(folder))
+def load_vae(folder: str, decoder: str | None = None) -> comfy.sd.VAE:
+    """The decoder's autoencoder as a VAE: ComfyUI's own network where the sizes are SDXL's, diffusers' otherwise.
+
+    Args:
+        decoder: folder of another decoder; None = the checkpoint's own.
+    """
+    files = open_checkpoint(folder, decoder=decoder)
     config = files.decoder_config("vae")
     if is_sdxl_vae(config):
-        state_dict = dict(read_tensors(read_header(files.decoder_file("vae"))[0]))
+        state_dict = dict(read_tensors(files.decoder_tensors("vae")))
         vae = comfy.sd.VAE(sd=state_dict)
-        vae.patcher.cached_patcher_init = (load_vae_patcher, (folder,))
+        vae.patcher.cached_patcher_init = (load_vae_patcher, (folder, decoder))
         return vae
-    return _small_vae(folder, files, config)
+    vae = _small_vae(files, config)
+    vae.patcher.cached_patcher_init = (load_vae_patcher, (folder, decoder))
+    return vae
 
 
-def load_vae_patcher(folder: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The patcher inside load_vae's VAE, made anew."""
-    vae = load_vae(folder)
+def load_vae_patcher(
+    folder: str, decoder: str | None = None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """The patcher inside a new VAE of load_vae."""
+    vae = load_vae(folder, decoder)
     if not disable_dynamic:
         return vae.patcher
     return comfy.model_patcher.ModelPatcher(vae.first_stage_model, vae.device, memory.vae_offload_device())
 
 
-def _small_vae(folder: str, files: CheckpointFiles, config: dict[str, Any]) -> comfy.sd.VAE:
+def _small_vae(files: CheckpointFiles, config: dict[str, Any]) -> comfy.sd.VAE:
     from diffusers import AutoencoderKL
 
     # ComfyUI's VAE has no way to be handed a network; it makes a minimal one, which is then replaced.
@@ -317,15 +328,14 @@ def _small_vae(folder: str, files: CheckpointFiles, config: dict[str, Any]) -> c
     vae = comfy.sd.VAE(sd=placeholder.state_dict(), config={"params": smallest})
     with torch.device("meta"):
         network = AutoencoderKL.from_config(config)
-    state_dict = dict(read_tensors(read_header(files.decoder_file("vae"))[0], dtype=vae.vae_dtype))
-    network.load_state_dict(state_dict, assign=True)
+    infos = {key: info for key, info in files.decoder_tensors("vae").items() if key in network.state_dict()}
+    network.load_state_dict(dict(read_tensors(infos, dtype=vae.vae_dtype)), assign=True)
     layers.exchange_layers(network, is_cast=False)
     vae.first_stage_model = Autoencoder(network).eval().requires_grad_(False)
     memory.archive_model_dtypes(vae.first_stage_model)
     vae.patcher = comfy.model_patcher.CoreModelPatcher(
         vae.first_stage_model, load_device=vae.device, offload_device=memory.vae_offload_device()
     )
-    vae.patcher.cached_patcher_init = (load_vae_patcher, (folder,))
     vae.latent_channels = config["latent_channels"]
     vae.downscale_ratio = vae.upscale_ratio = 2 ** (len(config["block_out_channels"]) - 1)
     vae.size = None

@@ -176,7 +176,9 @@ def load_dit_patcher(
         dtype: choice of the loader's widget, see host.DTYPES.
     """
     files: CheckpointFiles = open_checkpoint(Path(folder))
-    storage, compute = host.storage_and_compute_dtype(dtype, SUPPORTED_DTYPES, files.component_bytes["dit"])
+    storage, compute = host.storage_and_compute_dtype(
+        dtype, SUPPORTED_DTYPES, files.component_bytes.get("dit", 0)
+    )
     dit = load_dit(files, dtype=layers.file_dtype(storage))
     rgb = preview.feature_factors(files, dit)
     fingerprint = dit_fingerprint(dit.state_dict())

@@ -21,10 +21,10 @@ def infer_nextdit(tensors: dict[str, TensorInfo], name: str) -> NextDiTConfig:
     Raises:
         WrongCheckpointError: a tensor that tells a size is missing or has an impossible shape.
     """
-    shape = _shapes(tensors, name, "DiT")
-    dim, in_channels = shape("patch_embedder.proj.weight")
-    heads = shape("layers.0.gate")[0]
-    out_channels = shape("norm_out.linear_2.weight")[0]
+    shape = Shapes(tensors, name, "DiT")
+    dim, in_channels = shape("patch_embedder.proj.weight", 2)
+    heads = shape("layers.0.gate", 1)[0]
+    out_channels = shape("norm_out.linear_2.weight", 2)[0]
     if out_channels != in_channels:
         raise WrongCheckpointError(
             f'The DiT of checkpoint "{name}" reads {in_channels} channels but writes {out_channels}; BLIP3-o\'s are equal.\n'
@@ -40,11 +40,11 @@ def infer_nextdit(tensors: dict[str, TensorInfo], name: str) -> NextDiTConfig:
             dim=dim,
             layers=_count(tensors, "layers."),
             heads=heads,
-            kv_heads=shape("layers.0.attn1.to_k.weight")[0] // (dim // heads),
+            kv_heads=shape("layers.0.attn1.to_k.weight", 2)[0] // (dim // heads),
             in_channels=in_channels,
-            conditioning_dim=shape("caption_projection.linear_1.weight")[1],
-            ffn_dim=shape("layers.0.feed_forward.linear_1.weight")[0],
-            time_dim=shape("time_caption_embed.timestep_embedder.linear_1.weight")[0],
+            conditioning_dim=shape("caption_projection.linear_1.weight", 2)[1],
+            ffn_dim=shape("layers.0.feed_forward.linear_1.weight", 2)[0],
+            time_dim=shape("time_caption_embed.timestep_embedder.linear_1.weight", 2)[0],
         )
     except AssertionError as error:
         raise WrongCheckpointError(
@@ -60,10 +60,10 @@ def infer_eva_clip(tensors: dict[str, TensorInfo], config: dict[str, Any], name:
         config: config.json, for the head width (no tensor tells it) and the pooling.
         name: checkpoint name, for messages.
     """
-    shape = _shapes(tensors, name, "EVA-CLIP image encoder")
-    width = shape("cls_token")[-1]
-    patch_size = shape("patch_embed.proj.weight")[-1]
-    side = round((shape("pos_embed")[1] - 1) ** 0.5)
+    shape = Shapes(tensors, name, "EVA-CLIP image encoder")
+    width = shape("cls_token", 3)[-1]
+    patch_size = shape("patch_embed.proj.weight", 4)[-1]
+    side = round((shape("pos_embed", 3)[1] - 1) ** 0.5)
     pooling = str(config.get("gen_pooling", ""))
     pool = int(pooling.rsplit("_", 1)[-1]) if pooling.rsplit("_", 1)[-1].isdigit() else DEFAULT_POOL
     head_width = (config.get("gen_vision_config") or {}).get("head_width", EvaClipConfig.head_width)
@@ -72,7 +72,7 @@ def infer_eva_clip(tensors: dict[str, TensorInfo], config: dict[str, Any], name:
             width=width,
             layers=_count(tensors, "blocks."),
             head_width=head_width,
-            mlp_dim=shape("blocks.0.mlp.fc1.weight")[0],
+            mlp_dim=shape("blocks.0.mlp.fc1.weight", 2)[0],
             image_size=side * patch_size,
             patch_size=patch_size,
             pool=pool,
@@ -90,13 +90,28 @@ def _count(tensors: dict[str, TensorInfo], prefix: str) -> int:
     return max((1 + int(number) for number in numbers if number.isdigit()), default=0)
 
 
-def _shapes(tensors: dict[str, TensorInfo], name: str, what: str):
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in tensors:
+class Shapes:
+    """Shapes of a network's tensors by key; an absent or oddly shaped one is told by name.
+
+    Args:
+        tensors: our key -> tensor.
+        name: checkpoint name, for messages.
+        what: the network, in words.
+    """
+
+    def __init__(self, tensors: dict[str, TensorInfo], name: str, what: str) -> None:
+        self._tensors, self._name, self._what = tensors, name, what
+
+    def __call__(self, key: str, dimensions: int) -> tuple[int, ...]:
+        if key not in self._tensors:
             raise WrongCheckpointError(
-                f'Checkpoint "{name}" is damaged: its {what} lacks the tensor "{key}".\n'
+                f'Checkpoint "{self._name}" is damaged: its {self._what} lacks the tensor "{key}".\n'
                 "Delete the weight files and download them again."
             )
-        return tensors[key].shape
-
-    return shape
+        shape = self._tensors[key].shape
+        if len(shape) != dimensions:
+            raise WrongCheckpointError(
+                f'Checkpoint "{self._name}" is damaged: the tensor "{key}" of its {self._what} has {len(shape)} dimensions, '
+                f"expected {dimensions}.\nDelete the weight files and download them again."
+            )
+        return shape

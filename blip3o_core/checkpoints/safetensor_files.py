@@ -26,6 +26,8 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -39,13 +41,27 @@ MAX_HEADER_BYTES = 100 * 2**20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is, as the file's header says."""
+    """Where a tensor lies and what it is, as the file's header says.
+
+    Attributes:
+        dtype: torch.uint8 stands for a format that cannot be read, see `unreadable`.
+        unreadable: the name of that format; None = it can be read.
+    """
 
     path: Path
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+    unreadable: str | None = None
+
+    def require_readable(self) -> None:
+        """Raise WrongCheckpointError for a format that cannot be read: what nobody needs may have any."""
+        if self.unreadable is not None:
+            raise WrongCheckpointError(
+                f'"{self.path.name}" holds the tensor "{self.key}" in the format {self.unreadable}, which cannot be read.\n'
+                "Use the published bf16 files."
+            )
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -81,14 +97,17 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             f'"{path.name}" in "{path.parent}" is damaged: it has {size - expected:,} bytes more than its header tells.\n'
             "Delete it and download it again."
         )
-    tensors = {}
-    for key, (dtype, shape, start_byte, end_byte) in entries.items():
-        if dtype not in DTYPES:
-            raise WrongCheckpointError(
-                f'"{path.name}" holds the tensor "{key}" in the format {dtype}, which cannot be read.\n'
-                "Use the published bf16 files."
-            )
-        tensors[key] = TensorInfo(path, key, DTYPES[dtype], shape, end_byte - start_byte)
+    tensors = {
+        key: TensorInfo(
+            path,
+            key,
+            DTYPES.get(dtype, torch.uint8),
+            shape,
+            end_byte - start_byte,
+            None if dtype in DTYPES else str(dtype),
+        )
+        for key, (dtype, shape, start_byte, end_byte) in entries.items()
+    }
     return tensors, metadata
 
 

@@ -184,7 +184,7 @@ def test_buffers_that_old_savers_stored_are_dropped_on_purpose(folder: Path) -> 
         tensors["visual.rotary_pos_emb.inv_freq"] = torch.ones(4)
 
     change_weights(folder, add)
-    assert to_component_key("visual.rotary_pos_emb.inv_freq") == (None, "")
+    assert to_component_key("visual.rotary_pos_emb.inv_freq") == (None, "rotary tables")
     load_backbone(open_checkpoint(folder))
 
 
@@ -304,19 +304,19 @@ def test_the_image_encoder_is_found_beside_the_checkpoint(folder: Path, tower_pi
 @pytest.mark.parametrize("form", ["file", "folder"])
 def test_the_image_encoder_is_read_from_a_given_path(folder: Path, tower_pickle: Path, form: str) -> None:
     path = tower_pickle if form == "file" else tower_pickle.parent
-    assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(folder), path=path))
+    assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(folder, image_encoder=path)))
 
 
 def test_a_pickle_of_the_old_kind_is_read_too(folder: Path, tower_pickle: Path) -> None:
     tensors = dict(tiny_models.build_image_encoder().state_dict())
     torch.save(tensors, tower_pickle, _use_new_zipfile_serialization=False)
-    assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(folder), path=tower_pickle))
+    assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle)))
 
 
 def test_a_converted_pickle_gives_the_same_network(folder: Path, tower_pickle: Path, tmp_path: Path) -> None:
     written = convert_pickle(tower_pickle, tmp_path / "converted")
     assert written == tmp_path / "converted" / "model.safetensors"
-    assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(folder), path=written))
+    assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(folder, image_encoder=written)))
     half = convert_pickle(tower_pickle, tmp_path / "half.safetensors", torch.float16)
     assert {tensor.dtype for tensor in load_file(str(half)).values()} == {torch.float16}
 
@@ -330,7 +330,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(folder: Path, tower_pickle: P
 
     torch.save({"cls_token": Harmful()}, tower_pickle)
     for attempt in (
-        lambda: load_image_encoder(open_checkpoint(folder), path=tower_pickle),
+        lambda: load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle)),
         lambda: convert_pickle(tower_pickle, tmp_path / "out.safetensors"),
     ):
         with pytest.raises(
@@ -339,7 +339,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(folder: Path, tower_pickle: P
             attempt()
     tower_pickle.write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(WrongCheckpointError, match="(?s)pytorch_model.bin.*Python code besides"):
-        load_image_encoder(open_checkpoint(folder), path=tower_pickle)
+        load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle))
     assert not mark.exists()
 
 
@@ -360,21 +360,21 @@ def test_a_damaged_pickle_is_named(
     else:
         tower_pickle.write_bytes(content)
     with pytest.raises(WrongCheckpointError, match=f"(?s)pytorch_model.bin.*{fragment}"):
-        load_image_encoder(open_checkpoint(folder), path=tower_pickle)
+        load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle))
 
 
 def test_a_pickle_of_something_else_is_refused(folder: Path, tower_pickle: Path) -> None:
-    torch.save({"epoch": 3, "model": {"a": torch.zeros(2)}}, tower_pickle)
-    with pytest.raises(WrongCheckpointError, match="not a plain table of tensors"):
-        load_image_encoder(open_checkpoint(folder), path=tower_pickle)
+    torch.save({"epoch": 3, "model": "a"}, tower_pickle)
+    with pytest.raises(WrongCheckpointError, match="not a table of tensors"):
+        load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle))
     torch.save({"unrelated": torch.zeros(2)}, tower_pickle)
     with pytest.raises(WrongCheckpointError, match="cls_token"):
-        load_image_encoder(open_checkpoint(folder), path=tower_pickle)
+        load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle))
 
 
 def test_a_given_image_encoder_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingFilesError, match="nowhere"):
-        load_image_encoder(open_checkpoint(folder), path=tmp_path / "nowhere")
+        load_image_encoder(open_checkpoint(folder, image_encoder=tmp_path / "nowhere"))
 
 
 def test_a_checkpoint_without_image_encoder_says_where_to_put_it(folder: Path) -> None:
@@ -411,6 +411,7 @@ def is_sdxl(folder: Path) -> None:
 
 
 def is_plain_qwen(folder: Path) -> None:
+    change_weights(folder, no_dit)
     change_config(folder, model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"])
 
 
@@ -430,6 +431,7 @@ def is_next_by_tensors(folder: Path) -> None:
 
 
 def is_another_model(folder: Path) -> None:
+    change_weights(folder, no_dit)
     change_config(folder, model_type="llama")
 
 
@@ -496,12 +498,6 @@ def has_odd_header_entries(folder: Path) -> None:
     (folder / SHARD).write_bytes(struct.pack("<Q", len(header)) + header)
 
 
-def breaks_the_index_promise(folder: Path) -> None:
-    index = json.loads((folder / INDEX).read_text("utf-8"))
-    index["weight_map"]["model.norm.extra"] = SHARD
-    (folder / INDEX).write_text(json.dumps(index), "utf-8")
-
-
 @pytest.mark.parametrize(
     ("damage", "error", "fragment"),
     [
@@ -528,7 +524,6 @@ def breaks_the_index_promise(folder: Path) -> None:
         (is_empty, WrongCheckpointError, f"{SHARD}.*not a readable safetensors"),
         (has_a_list_as_header, WrongCheckpointError, f"{SHARD}.*not a readable safetensors"),
         (has_odd_header_entries, WrongCheckpointError, f"{SHARD}.*not a readable safetensors"),
-        (breaks_the_index_promise, WrongCheckpointError, "lacks the tensor .*different downloads"),
     ],
 )
 def test_opening_says_what_is_wrong(
@@ -588,8 +583,6 @@ def no_dit(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        (unknown_key, f"does not have.*model.mm_projector.weight.*{SHARD}.*allow_unknown"),
-        (unknown_dit_key, f"unknown tensor.*extra.weight.*{SHARD}.*Download the checkpoint again"),
         (missing_key, "lacks .*layers.1.attn2.to_q.weight.*Download the checkpoint again"),
         (missing_size_key, "damaged.*layers.0.gate.*download them again"),
         (wrong_shape, f"norm_out.linear_1.weight.*wrong size in {SHARD}.*\\(5, 24\\), expected \\(32, 24\\)"),
@@ -605,14 +598,6 @@ def test_loading_the_dit_says_what_is_wrong(
     change_weights(folder, change)
     with pytest.raises(WrongCheckpointError, match=f"(?s){fragment}"):
         load_dit(open_checkpoint(folder))
-
-
-def test_unknown_tensors_can_be_left_out_on_request(folder: Path) -> None:
-    change_weights(folder, unknown_key)
-    with pytest.raises(WrongCheckpointError, match="mm_projector"):
-        load_pipeline(folder, dtype="fp32", device="cpu").encode_prompts("a cat")
-    pipeline = load_pipeline(folder, dtype="fp32", device="cpu", allow_unknown=True)
-    assert pipeline.generate("a cat", pixels=None, preset="fast").images.shape == (1, 32, 32, 3)
 
 
 def test_a_backbone_without_latent_queries_is_a_plain_model(folder: Path) -> None:
@@ -660,7 +645,7 @@ def test_a_tensor_format_that_cannot_be_read_is_named(folder: Path) -> None:
     header = json.dumps({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
     (folder / SHARD).write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
     with pytest.raises(WrongCheckpointError, match="F4"):
-        open_checkpoint(folder)
+        read_header(folder / SHARD)[0]["a"].require_readable()
 
 
 def test_offsets_that_contradict_the_shapes_are_damage_not_a_traceback(folder: Path) -> None:
@@ -849,7 +834,9 @@ def test_the_description_counts_an_image_encoder_beside_the_checkpoint(
     drop_tower(folder)
     described = describe_checkpoint(open_checkpoint(folder))
     info = described["components"]["image_encoder"]
-    assert (info["problem"], info["bytes"]) == (None, tower_pickle.stat().st_size)
+    tensors = torch.load(tower_pickle, weights_only=True)
+    assert (info["problem"], info["bytes"]) == (None, sum(each.nbytes for each in tensors.values()))
+    assert info["sizes"]["file"] == "pytorch_model.bin"
     assert described["memory"]["vary"]["available"]
 
 

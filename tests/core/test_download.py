@@ -1,6 +1,7 @@
 """Downloads from a hub on 127.0.0.1: what is fetched, continued, checked, refused, and what people are told."""
 
 import hashlib
+import json
 import socket
 import threading
 from pathlib import Path
@@ -132,7 +133,9 @@ def test_the_table_tells_the_size_first_and_what_is_left_out(hub, folder):
     assert lines[1].startswith("2.5 MB to fetch from http://127.0.0.1")
     assert str(folder) in lines[2]
     assert any(line.split()[:3] == ["600.0", "KB", UNET] for line in lines)
-    assert lines[-1].startswith("Left out: 600.0 KB of the EVA-CLIP image encoder")
+    assert lines[-1].startswith(
+        "Left out: 600.0 KB of weight files that this use does not need (the EVA-CLIP"
+    )
 
 
 def test_a_plan_for_encoding_takes_all_shards(hub, folder):
@@ -343,6 +346,29 @@ def test_a_repository_without_a_needed_file_is_refused_before_anything_is_fetche
     hub.repos[REPO].files.pop(UNET.replace(".bf16", ""))
     with pytest.raises(WrongCheckpointError, match=f"not a complete BLIP3-o checkpoint: it has no {name}"):
         plan(hub, folder)
+
+
+def test_a_file_of_leftovers_alone_is_never_fetched(hub, folder):
+    repo = hub.repos[REPO]
+    index = json.loads(repo.files["model.safetensors.index.json"])
+    shard = "model-00005-of-00005.safetensors"
+    index["weight_map"] |= {"model.vae.encoder.conv_in.weight": shard, "mystery.weight": shard}
+    repo.files["model.safetensors.index.json"] = json.dumps(index).encode()
+    repo.files[shard] = noise(1000, 7)
+    for use in ("generate", "encode"):
+        planned = plan(hub, folder, use=use)
+        assert shard not in {file.path for file in planned.files}
+        assert shard in {file.source for file in planned.left_out}
+
+
+def test_a_finetune_without_a_decoder_is_fetched_with_a_word_about_it(hub, folder):
+    repo = hub.repos[REPO]
+    for name in [name for name in repo.files if name.startswith("diffusion-decoder/")]:
+        del repo.files[name]
+    planned = plan(hub, folder)
+    run_download(planned)
+    assert files_below(folder) == {name for name in FOR_GENERATE if not name.startswith("diffusion-decoder/")}
+    assert "holds no decoder" in str(planned) and "--decoder FOLDER" in str(planned)
 
 
 def test_a_folder_with_other_weights_is_refused(hub, folder):

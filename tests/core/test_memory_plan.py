@@ -7,13 +7,13 @@ import pytest
 import torch
 from comfyui_blip3o.blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_backbone, load_decoder, load_dit
+from comfyui_blip3o.blip3o_core.checkpoints.match import needed_tensors
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.errors import BadInputError
 from comfyui_blip3o.blip3o_core.memory_plan import (
     GIB,
     WAYS,
     Way,
-    component_tensors,
     measure_disk,
     network_bytes,
     parse_memory,
@@ -51,14 +51,14 @@ def test_other_sizes_are_refused(text: str) -> None:
 @pytest.mark.parametrize("load", [load_backbone, load_dit, load_decoder])
 def test_bytes_are_those_of_the_loaded_network(load) -> None:
     files = open_checkpoint(BUILT_IN_MODEL)
-    tensors = component_tensors(files, load.__name__.removeprefix("load_"))
+    tensors = needed_tensors(files, load.__name__.removeprefix("load_"))
     assert network_bytes(tensors) == size_of(load(files, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_bytes_are_those_of_the_quantized_network(weight_format: str) -> None:
     files = open_checkpoint(BUILT_IN_MODEL)
-    planned = network_bytes(component_tensors(files, "backbone"), weight_format)
+    planned = network_bytes(needed_tensors(files, "backbone"), weight_format)
     backbone = load_backbone(files, dtype=torch.bfloat16)
     whole = size_of(backbone)
     real = size_of(quantize_network(backbone, weight_format, torch.device("cpu")))

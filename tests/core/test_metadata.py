@@ -184,12 +184,13 @@ def test_a_network_keeps_its_fingerprint_whatever_else_changes(tiny_folder: Path
 
 
 def test_a_separate_image_encoder_has_its_own_fingerprint(folder: Path, tmp_path: Path) -> None:
-    files = open_checkpoint(folder)
     path = tmp_path / "eva.bin"
     torch.save(tiny_models.build_image_encoder().state_dict(), path)
-    inside, separate = (
-        component_fingerprint(files, "image_encoder", image_encoder_path=each) for each in (None, path)
-    )
+
+    def fingerprint(image_encoder: Path | None) -> str:
+        return component_fingerprint(open_checkpoint(folder, image_encoder=image_encoder), "image_encoder")
+
+    inside, separate = fingerprint(None), fingerprint(path)
     assert inside != separate
     torch.save(tiny_models.build_image_encoder(seed=9).state_dict(), path)
-    assert component_fingerprint(files, "image_encoder", image_encoder_path=path) not in (inside, separate)
+    assert fingerprint(path) not in (inside, separate)

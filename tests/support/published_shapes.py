@@ -109,6 +109,9 @@ def write_published_shapes(folder: Path) -> Path:
         (place / "config.json").write_text(json.dumps(config), "utf-8")
         its = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
         write_holes(its, place / "diffusion_pytorch_model.bf16.safetensors")
+    schedule = folder / "diffusion-decoder" / "scheduler" / "scheduler_config.json"
+    schedule.parent.mkdir()
+    schedule.write_text(json.dumps(SCHEDULER), "utf-8")
     return folder
 
 

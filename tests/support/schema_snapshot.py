@@ -16,6 +16,7 @@ PREFIX = "BLIP3o"
 # Lists of files on the disk: only their fixed entries are kept.
 FILE_LISTS = {
     "checkpoint": ["built-in: tiny"],
+    "decoder": ["of the checkpoint", "built-in: tiny"],
     "lora": ["none"],
     "file": [],
     "existing_lora": ["[None]"],

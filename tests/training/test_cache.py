@@ -371,7 +371,7 @@ def test_networks_that_do_not_fit_are_streamed_and_give_the_same_bits(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole = fill(config_of(folder))[2]
-    monkeypatch.setattr(cache, "is_too_large", lambda config, pipeline, component: True)
+    monkeypatch.setattr(cache, "is_too_large", lambda pipeline, component: True)
     events: list[dict[str, Any]] = []
     config = config_of(folder, f"run.dir={tmp_path / 'small card'}")
     features, conditioning, streamed = fill(config, on_event=events.append)
@@ -390,11 +390,11 @@ def test_a_network_is_too_large_when_its_weights_and_the_framework_exceed_what_i
     pipeline = open_pipeline(config)
     backbone = 4 * sum(parameter.numel() for parameter in pipeline.backbone.parameters())
     needed = backbone + cache.OVERHEAD_BYTES
-    assert not cache.is_too_large(config, pipeline, "backbone")
+    assert not cache.is_too_large(pipeline, "backbone")
     pipeline.device = torch.device("cuda")
     for free, is_too_large in ((needed, False), (needed - 1, True)):
         monkeypatch.setattr(cache, "free_memory", lambda device, free=free: free)
-        assert cache.is_too_large(config, pipeline, "backbone") is is_too_large
+        assert cache.is_too_large(pipeline, "backbone") is is_too_large
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])

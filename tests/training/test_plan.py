@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL, EvaClipConfig, NextDiTConfig
+from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.lora_training import plan as module
 from comfyui_blip3o.lora_training.plan import plan_phases
 from training_sets import config_of
@@ -18,10 +19,10 @@ GIB = 2**30
 def published(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
     """The plan, in MiB, for networks of the published 8B model's sizes on a GPU."""
     counted = {"image_encoder": 4.35e9, "backbone": 8.29e9, "dit": 1.365e9, "decoder": 2.65e9}
-    monkeypatch.setattr(
-        module, "parameters_of", lambda files, component, config=None: int(counted[component])
-    )
-    monkeypatch.setattr(module, "infer_nextdit", lambda tensors, name: NextDiTConfig())
+    monkeypatch.setattr(module, "parameters_of", lambda files, component: int(counted[component]))
+    with torch.device("meta"):
+        dit = NextDiT(NextDiTConfig())
+    monkeypatch.setattr(module, "dit_without_weights", lambda files: dit)
     files = open_checkpoint(BUILT_IN_MODEL)
 
     def plan(*overrides: str, free: int | None = None) -> dict[str, float]:
