@@ -141,9 +141,11 @@ def _wait(process: subprocess.Popen, limit_seconds: float | None) -> None:
 
 def _end(process: subprocess.Popen) -> None:
     """End what still runs of a command, its children too."""
-    for each in _tree(process.pid):
+    running = _tree(process.pid)
+    for each in running:
         try:
             each.kill()
         except psutil.Error:
             continue
     process.wait()
+    psutil.wait_procs(running, timeout=10)  # the next command has the memory to itself

@@ -130,17 +130,20 @@ class Plan:
         }
 
 
-def plan_checkpoint(size: str, leftovers: bool = True) -> Plan:
+def plan_checkpoint(size: str, leftovers: bool = True, has_words: bool = False) -> Plan:
     """Names and shapes of every file, from the networks' own classes on the device "meta".
 
     Args:
         size: one of SIZES; "tiny" has the sizes of the built-in model.
+        has_words: the tokenizer is Qwen2.5's, so "tiny" needs rows for its tokens too.
         leftovers: with the tensors that no network of BLIP3-o needs but the published shards hold.
     """
     built_in = open_checkpoint(BUILT_IN_MODEL)
     scheduler = built_in.decoder_config("scheduler")
     if size == "tiny":
-        config = built_in.config
+        config = {**built_in.config}
+        if has_words:
+            config["vocab_size"] = VOCABULARY["full"]
         dit_sizes = infer_nextdit(built_in.component_tensors("dit"), built_in.name)
         tower_sizes = infer_eva_clip(built_in.component_tensors("image_encoder"), config, built_in.name)
         decoder_sizes = (built_in.decoder_config("unet"), built_in.decoder_config("vae"), scheduler)

@@ -1,8 +1,8 @@
 """Every command on a checkpoint of the published sizes with random weights: time, memory, bytes from the disk.
 
-    python benchmarks/true_size.py SCRATCH --size 4b --tokenizer QWEN --name two_cpu_cores     # 24 GB, two hours on two cores
-    python benchmarks/true_size.py SCRATCH --size 8b --only info,draw,ask                      # 33 GB
-    python benchmarks/true_size.py SCRATCH --size tiny                                         # seconds
+    python benchmarks/true_size.py SCRATCH --size 4b --tokenizer QWEN --name two_cpu_cores   # 24 GB
+    python benchmarks/true_size.py SCRATCH --size 8b --only info,draw,ask   # 33 GB
+    python benchmarks/true_size.py SCRATCH --size tiny   # a minute
 
 Writes the checkpoint in the published layout, with what the published shards hold beside the networks, then runs each
 command in a process of its own, with small pictures and few steps. Files in SCRATCH are removed in the end, unless --keep
@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -209,7 +209,7 @@ def steps_of(size: str, device: str) -> dict[str, Step]:
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 when a command failed or drew nothing, 0 otherwise."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -236,8 +236,10 @@ def main() -> int:
         "--dry-run", action="store_true", help="print what the checkpoint would hold, write nothing"
     )
     parser.add_argument("--name", help="write results/NAME_true_size.md and .json")
-    arguments = parser.parse_args()
-    plan = plan_checkpoint(arguments.size, leftovers=not arguments.no_leftovers)
+    arguments = parser.parse_args(argv)
+    plan = plan_checkpoint(
+        arguments.size, leftovers=not arguments.no_leftovers, has_words=arguments.tokenizer is not None
+    )
     if arguments.dry_run:
         print(json.dumps(plan.summary(), indent=1))
         return 0
