@@ -3,13 +3,13 @@
 from importlib import import_module
 
 _HOMES = {
-    "AnswerSettings": "understanding",
+    "AnswerSettings": "language.answers",
     "Blip3oError": "errors",
     "Blip3oPipeline": "pipeline",
-    "FeatureSettings": "sampling",
-    "Generation": "pipeline",
-    "PixelSettings": "decoding",
-    "Turn": "understanding",
+    "FeatureSettings": "drawing.sampling",
+    "Generation": "drawing.presets",
+    "PixelSettings": "drawing.decoding",
+    "Turn": "language.answers",
     "load_pipeline": "pipeline",
 }
 __all__ = sorted(_HOMES)

@@ -10,7 +10,7 @@ class Blip3oExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         """Check ComfyUI's version and make models/blip3o known."""
-        from . import host
+        from .native import host
 
         host.require_comfyui()
         host.register_model_folder()
