@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .blip3o_core.config import BUILT_IN_MODEL
 from .blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
+from .blip3o_core.units import UNIT_WORDS, format_bytes
 from .lora_training.cli import add_lora
 from .pretraining.benchmarks import add_benchmark_arguments, run_benchmark
 from .pretraining.cli import add_eval, add_pretrain, run_eval, run_pretrain
@@ -266,8 +267,12 @@ def _add_caption(commands: Any) -> None:
 
 def _add_info(commands: Any) -> None:
     parser = _command(
-        commands, "info", run_info, "What is in a checkpoint folder, and in which memory it fits."
+        commands,
+        "info",
+        run_info,
+        "What is in a checkpoint folder, and in which memory it fits.",
     )
+    parser.epilog = UNIT_WORDS
     parser.add_argument("folder", type=Path, nargs="?", help="default: the built-in tiny model")
     parser.add_argument(
         "--plan",
@@ -284,6 +289,7 @@ def _add_download(commands: Any) -> None:
         run_download,
         "Download a checkpoint: only the files needed, resumable, checksums verified.",
     )
+    parser.epilog = UNIT_WORDS
     parser.add_argument("repo", help="8b, 4b, or a repository OWNER/NAME of the hub")
     parser.add_argument(
         "folder", type=Path, help="where to put it, e.g. ComfyUI/models/blip3o/BLIP3o-Model-8B"
@@ -483,20 +489,20 @@ def run_info(arguments: argparse.Namespace) -> None:
         print(json.dumps(description, indent=2))
         return
     print(
-        f"{description['name']}  ({_size(description['total_bytes'])}, fingerprint {description['fingerprint']})"
+        f"{description['name']}  ({format_bytes(description['total_bytes'])}, fingerprint {description['fingerprint']})"
     )
     for name, info in description["components"].items():
         if info["problem"]:
             print(f"  {name:14} not usable: {info['problem'].splitlines()[0]}")
         else:
             print(
-                f"  {name:14} {_size(info['bytes']):>9}  {info['parameters'] / 1e6:10,.1f} M parameters  {', '.join(info['dtypes'])}"
+                f"  {name:14} {format_bytes(info['bytes']):>9}  {info['parameters'] / 1e6:10,.1f} M parameters  {', '.join(info['dtypes'])}"
             )
     for use, fit in description["memory"].items():
         if fit["available"]:
             cards = ", ".join(f"{card}: {verdict}" for card, verdict in fit["cards"].items())
             print(
-                f"To {use}: {_size(fit['together_bytes'])} of weights, {_size(fit['offload_bytes'])} with --offload. {cards}"
+                f"To {use}: {format_bytes(fit['together_bytes'])} of weights, {format_bytes(fit['offload_bytes'])} with --offload. {cards}"
             )
 
 
@@ -810,10 +816,6 @@ def _target_paths(out: Path, count: int) -> list[Path]:
     taken = [path.stem.removeprefix("blip3o_") for path in out.glob("blip3o_*.png")]
     first = 1 + max((int(name) for name in taken if name.isdigit()), default=0)
     return [out / f"blip3o_{first + index:05d}.png" for index in range(count)]
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

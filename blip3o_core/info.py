@@ -11,8 +11,9 @@ from .checkpoints.layout import CheckpointFiles
 from .checkpoints.match import left_out_tensors, needed_tensors
 from .checkpoints.safetensor_files import TensorInfo
 from .errors import Blip3oError
-from .memory_plan import GIB, USES, plan_memory
+from .memory_plan import USES, plan_memory
 from .metadata import checkpoint_fingerprint
+from .units import GIB
 
 MEMORY_SIZES_GIB = (8, 12, 16, 24, 32, 48)
 

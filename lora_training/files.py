@@ -24,6 +24,7 @@ from ..blip3o_core.errors import WrongAdapterError
 from ..blip3o_core.lora import BASE_KEY, WIDTH_KEY, LoraFile, dit_fingerprint, read_lora
 from ..blip3o_core.lora_changes import CANONICAL, DIT, Change, split_key
 from ..blip3o_core.metadata import component_fingerprint
+from ..blip3o_core.units import format_bytes
 from .cache import template_hash
 from .config import LoraConfig, to_tree
 
@@ -225,7 +226,7 @@ def inspect_lora(path: str | Path) -> dict[str, Any]:
 def describe(inspection: Mapping[str, Any]) -> str:
     """An inspection for people."""
     title = inspection["title"] or inspection["name"]
-    lines = [f"{title}  ({inspection['bytes'] / 1e6:.1f} MB, {', '.join(inspection['dtypes'])})"]
+    lines = [f"{title}  ({format_bytes(inspection['bytes'])}, {', '.join(inspection['dtypes'])})"]
     if inspection["trigger"]:
         strength = inspection["recommended_strength"]
         at = f", strength {strength:g}" if strength is not None else ""

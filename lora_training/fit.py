@@ -27,10 +27,11 @@ from ..blip3o_core.models.backbone import Backbone
 from ..blip3o_core.models.nextdit import NextDiT
 from ..blip3o_core.prompts import TextTokenizer
 from ..blip3o_core.sampling import FeatureSettings, sample_features, to_grid, to_tokens
+from ..blip3o_core.units import format_bytes
 from .adapters import Adapter, attach
 from .base_dtype import set_base_dtype
 from .config import LoraConfig
-from .memory import GIB, plan_step
+from .memory import plan_step
 from .objective import (
     Lesson,
     Row,
@@ -456,7 +457,7 @@ class _Fit:
             free = ""
             if self.device.type == "cuda":
                 left, whole = torch.cuda.mem_get_info(self.device)
-                free = f" {left / GIB:.1f} of {whole / GIB:.1f} GiB are free."
+                free = f" {format_bytes(left)} of {format_bytes(whole)} are free."
             raise OutOfMemory(
                 f"There is too little memory even for one sample with gradient checkpointing.{free}\n"
                 f"Close other programs, or choose a smaller adapter.rank. ({message.splitlines()[0]})"
