@@ -1,4 +1,4 @@
-"""The `blip3o` command: draw, ask, caption, vary, inspect, download, convert, verify, train, pretrain and score."""
+"""The `blip3o` command: draw, ask, caption, vary, inspect, download, convert, verify, check, train, pretrain and score."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .blip3o_core.config import BUILT_IN_MODEL
 from .blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
 from .blip3o_core.units import UNIT_WORDS, format_bytes
+from .cli_doctor import add_doctor
 from .lora_training.cli import add_lora
 from .pretraining.benchmarks import add_benchmark_arguments, run_benchmark
 from .pretraining.cli import add_eval, add_pretrain, run_eval, run_pretrain
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_download(commands)
     _add_convert(commands)
     _add_verify(commands)
+    add_doctor(commands)
     add_lora(
         _command(
             commands, "lora", None, "Teach the model something of your own: train, prove and manage LoRAs."

@@ -15,12 +15,16 @@ import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import BUILT_IN_MODEL
 from .errors import Blip3oError
 from .units import format_bytes
 from .versions import PROJECT_VERSION, VersionCheck, check_versions
+
+if TYPE_CHECKING:
+    from .checkpoints.layout import CheckpointFiles
+    from .self_test import SelfCheck
 
 BUILT_IN_NAME = "built-in: tiny"
 # What a library that changed does to code that calls it. Anything else is a bug of ours and is not caught.
@@ -28,6 +32,7 @@ LIBRARY_ERRORS = (ImportError, AttributeError, TypeError, ValueError, LookupErro
 REPORT_BUG = (
     "Paste the output of blip3o doctor --json into a bug report; it names no folder, user or computer."
 )
+CHECK_FOLDER = "Check the folder, its permissions and its files."
 SMI_SECONDS = 5
 NEW_PYTORCH = "pytorch.org, Get Started, tells the command"
 
@@ -82,16 +87,6 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Test:
-    """One check of the self-test, see self_test.SelfCheck."""
-
-    what: str
-    difference: float | None
-    tolerance: float | None
-    problem: str
-
-
-@dataclass(frozen=True)
 class Diagnosis:
     """All that was found; str() is for people, to_json() for bug reports.
 
@@ -104,7 +99,7 @@ class Diagnosis:
     libraries: tuple[VersionCheck, ...]
     machine: Machine
     checkpoints: tuple[Checkpoint, ...]
-    tests: tuple[Test, ...] | None
+    tests: tuple[SelfCheck, ...] | None
     test_seconds: float | None
     findings: tuple[Finding, ...]
     folders: tuple[Path, ...] = ()
@@ -210,11 +205,14 @@ def look_at_machine(findings: list[Finding]) -> Machine:
 def _gpus(findings: list[Finding]) -> list[Gpu]:
     try:
         import torch
-    except ImportError as error:
-        findings.append(_no_torch(error))
-        return nvidia_gpus()
-    except OSError as error:  # a library that PyTorch loads is missing or broken
-        findings.append(_no_torch(error))
+    except (ImportError, OSError) as error:  # not there, or a library that it loads is missing or broken
+        findings.append(
+            Finding(
+                True,
+                f"PyTorch cannot be loaded: {error}.",
+                f"Install it again in the build for your device: {NEW_PYTORCH}.",
+            )
+        )
         return nvidia_gpus()
     if torch.cuda.is_available():
         return [_cuda_gpu(torch, index) for index in range(torch.cuda.device_count())]
@@ -227,14 +225,6 @@ def _gpus(findings: list[Finding]) -> list[Gpu]:
 def _cuda_gpu(torch: Any, index: int) -> Gpu:
     free, total = torch.cuda.mem_get_info(index)
     return Gpu(torch.cuda.get_device_name(index), free, total, True)
-
-
-def _no_torch(error: Exception) -> Finding:
-    return Finding(
-        True,
-        f"PyTorch cannot be loaded: {error}.",
-        f"Install it again in the build for your device: {NEW_PYTORCH}.",
-    )
 
 
 def _unused_gpu(name: str, torch: Any) -> Finding:
@@ -317,7 +307,7 @@ def look_at_checkpoint(name: str, folder: Path, findings: list[Finding]) -> Chec
     try:
         components = describe_checkpoint(open_checkpoint(folder))["components"]
     except (Blip3oError, OSError) as error:
-        finding = _finding(True, error, "Check the folder, its permissions and its files.")
+        finding = _finding(True, error, CHECK_FOLDER)
         findings.append(finding)
         return Checkpoint(name, {}, finding.what, free)
     problems = {part: each["problem"] for part, each in components.items() if each["problem"]}
@@ -325,7 +315,7 @@ def look_at_checkpoint(name: str, folder: Path, findings: list[Finding]) -> Chec
     for part, problem in problems.items():
         # A checkpoint downloaded to draw and answer comes without EVA-CLIP.
         finding = _finding(part != "image_encoder", Blip3oError(problem))
-        if finding not in findings:
+        if all(each.what != finding.what for each in findings):
             findings.append(finding)
     needed = [problem.splitlines()[0] for part, problem in problems.items() if part != "image_encoder"]
     return Checkpoint(name, can, needed[0] if needed else "", free)
@@ -347,7 +337,7 @@ def _free_on_disk(folder: Path) -> int | None:
 # --- self-test -------------------------------------------------------------------------------------------------------
 
 
-def run_tests(findings: list[Finding]) -> tuple[tuple[Test, ...] | None, float | None]:
+def run_tests(findings: list[Finding]) -> tuple[tuple[SelfCheck, ...] | None, float | None]:
     """The self-test and its seconds; (None, None) when it cannot run, which `findings` then tells."""
     try:
         from .self_test import run_self_test
@@ -366,7 +356,7 @@ def run_tests(findings: list[Finding]) -> tuple[tuple[Test, ...] | None, float |
             )
         )
         return None, None
-    tests = tuple(Test(check.what, check.difference, check.tolerance, check.problem) for check in checks)
+    tests = tuple(checks)
     if any(test.problem for test in tests):
         names = ", ".join(test.what for test in tests if test.problem)
         findings.append(
@@ -403,11 +393,11 @@ def _abilities(checkpoint: Checkpoint) -> str:
         return "not usable"
     able = [use for use, can in checkpoint.can.items() if can]
     unable = [use for use, can in checkpoint.can.items() if not can]
-    words = f"can {', '.join(able)}" if able else "can do nothing"
+    words = f"can {', '.join(able)}" if able else "can do nothing yet"
     return f"{words}; cannot {', '.join(unable)}" if unable and able else words
 
 
-def _outcome(test: Test) -> str:
+def _outcome(test: SelfCheck) -> str:
     if test.problem:
         return f"WRONG: {test.problem}"
     if test.difference is None:
@@ -431,14 +421,15 @@ def anonymous(value: Any, folders: Iterable[Path] = ()) -> Any:
         for folder in folders
         for place in (folder.parent, folder.absolute().parent, folder.resolve().parent)
     }
-    known |= {str(Path.home()), str(Path.cwd()), str(Path(__file__).resolve().parents[2])}
+    known |= {str(Path.cwd()), str(Path(__file__).resolve().parents[2]), os.path.expanduser("~")}
     places = sorted((each for each in known if len(Path(each).parts) > 1), key=len, reverse=True)
     return _anonymous(value, places, _own_names())
 
 
 def _own_names() -> dict[str, str]:
     """Word -> what stands for it."""
-    names = {platform.node(): "COMPUTER", platform.node().split(".")[0]: "COMPUTER", Path.home().name: "USER"}
+    names = {platform.node(): "COMPUTER", platform.node().split(".")[0]: "COMPUTER"}
+    names[Path(os.path.expanduser("~")).name] = "USER"
     try:
         names[getpass.getuser()] = "USER"
     except (OSError, KeyError, ImportError):  # no name is known, so none can be told
@@ -456,7 +447,68 @@ def _anonymous(value: Any, places: list[str], names: dict[str, str]) -> Any:
     for place in places:
         value = value.replace(place, "...")
     # Any other absolute path keeps its last part: of libraries, links and system folders. Addresses of pages stay.
+    value = re.sub(r'(["\'])(?:/|[A-Za-z]:[\\/]|\\\\)[^"\']*[\\/]([^"\']*)\1', r"\1.../\2\1", value)
     value = re.sub(r'(?<![\w:/.])(?:/|[A-Za-z]:[\\/]|\\\\)[^\s"\'<>|]*[\\/]', ".../", value)
     for name, stand_in in names.items():
         value = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", stand_in, value)
     return value
+
+
+# --- one line when a program starts ----------------------------------------------------------------------------------
+
+
+def start_up_report(checkpoints: Mapping[str, Path]) -> tuple[str, list[str]]:
+    """(a line about everything, what is wrong with its remedy); from headers and JSON alone, in milliseconds.
+
+    Whether tensors fit is not looked at, and nothing is computed: that is what `diagnose` is for. PyTorch is imported.
+
+    Args:
+        checkpoints: name -> folder, the built-in model left out.
+    """
+    warnings = [
+        f"{check.name} {check.installed or ''} is {check.verdict}. {check.remedy}"
+        for check in check_versions()
+        if check.is_wrong
+    ]
+    head = f"BLIP3-o {PROJECT_VERSION}: {'not ready' if warnings else 'ready'}."
+    if not checkpoints:
+        return f"{head} Checkpoints: the built-in tiny model.", warnings
+    states = []
+    for name, folder in checkpoints.items():
+        state, finding = _quick_state(folder)
+        states.append(f"{name} ({state})")
+        if finding is not None:
+            warnings.append(str(finding))
+    return f"{head} Checkpoints: {', '.join(states)}.", warnings
+
+
+def _quick_state(folder: Path) -> tuple[str, Finding | None]:
+    """In a few words, and what is wrong."""
+    from .checkpoints.layout import DECODER_NETWORKS, open_checkpoint
+
+    state = "not usable"
+    try:
+        files = open_checkpoint(folder)
+        if missing := _missing_shards(files):
+            state = f"{missing} of {len(set(files.promised.values()))} weight files missing"
+        for component in ("backbone", "dit"):
+            files.component_tensors(component)
+        state = "no decoder: answers only"
+        for network in DECODER_NETWORKS:
+            files.decoder_config(network)
+            files.decoder_files(network)
+    except (Blip3oError, OSError) as error:
+        return state, _finding(True, error, CHECK_FOLDER)
+    return "complete", None
+
+
+def _missing_shards(files: CheckpointFiles) -> int:
+    """Of those that drawing and answering need: a download for them leaves out a shard that holds EVA-CLIP alone."""
+    from .checkpoints.keys import to_component_key
+
+    needed = {
+        shard
+        for key, shard in files.promised.items()
+        if (place := to_component_key(key)) and place.component in ("backbone", "dit")
+    }
+    return sum(not (files.folder / shard).is_file() for shard in needed)

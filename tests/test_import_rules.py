@@ -30,7 +30,7 @@ HOST_MODULES = {
 
 
 def source_files() -> list[Path]:
-    files = [ROOT / "__init__.py", ROOT / "cli.py"]
+    files = [ROOT / "__init__.py", ROOT / "cli.py", ROOT / "cli_doctor.py"]
     for package in PACKAGES:
         files += sorted((ROOT / package).rglob("*.py"))
     return files
