@@ -34,6 +34,8 @@ REPORT_BUG = (
 )
 CHECK_FOLDER = "Check the folder, its permissions and its files."
 SMI_SECONDS = 5
+# Networks that every use but the variation of pictures has in the shards.
+NEEDED = ("backbone", "dit")
 NEW_PYTORCH = "pytorch.org, Get Started, tells the command"
 
 
@@ -488,11 +490,14 @@ def _quick_state(folder: Path) -> tuple[str, Finding | None]:
 
     state = "not usable"
     try:
-        files = open_checkpoint(folder)
-        if missing := _missing_shards(files):
+        files = _open_quickly(folder)
+        missing = _missing_shards(files)
+        if missing:
             state = f"{missing} of {len(set(files.promised.values()))} weight files missing"
-        for component in ("backbone", "dit"):
-            files.component_tensors(component)
+        if missing or not all(map(files.has_component, NEEDED)):
+            thorough = open_checkpoint(folder)
+            for component in NEEDED:
+                thorough.component_tensors(component)
         state = "no decoder: answers only"
         for network in DECODER_NETWORKS:
             files.decoder_config(network)
@@ -502,13 +507,29 @@ def _quick_state(folder: Path) -> tuple[str, Finding | None]:
     return "complete", None
 
 
+def _open_quickly(folder: Path) -> CheckpointFiles:
+    """As open_checkpoint, without asking of thousands of tensors to which network each belongs where an index lists them."""
+    from .checkpoints.layout import INDEX_NAME, CheckpointFiles, open_checkpoint, read_json, read_weight_map
+    from .checkpoints.safetensor_files import read_header
+
+    if not (folder / INDEX_NAME).is_file():
+        return open_checkpoint(folder)
+    promised = read_weight_map(folder / INDEX_NAME)
+    shards = (folder / name for name in sorted(set(promised.values())))
+    tensors = {key: info for path in shards if path.is_file() for key, info in read_header(path)[0].items()}
+    return CheckpointFiles(folder, read_json(folder / "config.json"), tensors, promised)
+
+
 def _missing_shards(files: CheckpointFiles) -> int:
     """Of those that drawing and answering need: a download for them leaves out a shard that holds EVA-CLIP alone."""
     from .checkpoints.keys import to_component_key
 
-    needed = {
-        shard
-        for key, shard in files.promised.items()
-        if (place := to_component_key(key)) and place.component in ("backbone", "dit")
-    }
-    return sum(not (files.folder / shard).is_file() for shard in needed)
+    keys: dict[str, list[str]] = {}
+    for key, shard in files.promised.items():
+        keys.setdefault(shard, []).append(key)
+
+    def is_needed(shard: str) -> bool:
+        places = map(to_component_key, keys[shard])
+        return any(place is not None and place.component in NEEDED for place in places)
+
+    return sum(not (files.folder / shard).is_file() and is_needed(shard) for shard in keys)
