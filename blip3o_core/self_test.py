@@ -9,6 +9,7 @@ cache is also held against a whole computation, which needs no recorded numbers.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -191,7 +192,9 @@ def _compare(what: str, found: list[Any], wanted: list[Any], tolerance: float) -
         return SelfCheck(what, None, tolerance, f"{len(found)} numbers instead of {len(wanted)}")
     ours, theirs = torch.tensor(found), torch.tensor(wanted)
     difference = ((ours - theirs).abs().max() / theirs.std()).item()
-    if difference <= tolerance:  # false for NaN too
+    if not math.isfinite(difference):
+        return SelfCheck(what, None, tolerance, "gives values that are no numbers")
+    if difference <= tolerance:
         return SelfCheck(what, difference, tolerance)
     return SelfCheck(
         what,
