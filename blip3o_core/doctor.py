@@ -5,6 +5,7 @@ Nothing heavy is imported before it is looked at, so that a broken library is a 
 
 from __future__ import annotations
 
+import gc
 import getpass
 import os
 import platform
@@ -12,7 +13,8 @@ import re
 import shutil
 import subprocess
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -476,12 +478,25 @@ def start_up_report(checkpoints: Mapping[str, Path]) -> tuple[str, list[str]]:
     if not checkpoints:
         return f"{head} Checkpoints: the built-in tiny model.", warnings
     states = []
-    for name, folder in checkpoints.items():
-        state, finding = _quick_state(folder)
-        states.append(f"{name} ({state})")
-        if finding is not None:
-            warnings.append(str(finding))
+    with _no_collection():
+        for name, folder in checkpoints.items():
+            state, finding = _quick_state(folder)
+            states.append(f"{name} ({state})")
+            if finding is not None:
+                warnings.append(str(finding))
     return f"{head} Checkpoints: {', '.join(states)}.", warnings
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """The thousands of entries of a header would make Python look through all that PyTorch has loaded: twice as long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _quick_state(folder: Path) -> tuple[str, Finding | None]:

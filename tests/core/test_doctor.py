@@ -9,6 +9,8 @@ import platform
 import re
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -401,3 +403,15 @@ def test_a_damaged_file_is_told_at_start_up(models: Path, file: str) -> None:
     line, warnings = start_up_report({"whole": models / "whole"})
     assert "whole (not usable)" in line
     assert len(warnings) == 1 and re.search("whole|" + re.escape(file), warnings[0])
+
+
+def test_the_line_at_start_up_imports_no_network_library(models: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest; from pathlib import Path;"
+        "from comfyui_blip3o.blip3o_core.doctor import start_up_report;"
+        f"line, _ = start_up_report({{'whole': Path({str(models / 'whole')!r})}}); print(line);"
+        "print([m for m in ('transformers', 'diffusers', 'peft', 'accelerate') if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    line, imported = answer.stdout.splitlines()
+    assert line.endswith("whole (complete).") and imported == "[]"
