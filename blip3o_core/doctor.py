@@ -174,7 +174,7 @@ def diagnose(folders: Iterable[str | Path] | Mapping[str, Path] = (), *, self_te
         if check.remedy
     ]
     machine = look_at_machine(findings)
-    named = dict(folders) if isinstance(folders, Mapping) else find_checkpoints(folders, findings)
+    named = dict(folders) if isinstance(folders, Mapping) else find_checkpoints(folders)
     named = {BUILT_IN_NAME: BUILT_IN_MODEL, **named}
     checkpoints = tuple(look_at_checkpoint(name, folder, findings) for name, folder in named.items())
     tests, seconds = run_tests(findings) if self_test else (None, None)
@@ -274,12 +274,12 @@ def nvidia_gpus() -> list[Gpu]:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def find_checkpoints(folders: Iterable[str | Path], findings: list[Finding]) -> dict[str, Path]:
+def find_checkpoints(folders: Iterable[str | Path]) -> dict[str, Path]:
     """Name -> checkpoint folder, of folders that are one or hold some at most two levels down."""
     try:
         from .checkpoints.layout import is_checkpoint_folder
-    except ImportError:  # PyTorch, already among the findings
-        return {}
+    except ImportError:  # a library, which looking at any checkpoint will tell
+        return {Path(folder).name: Path(folder) for folder in folders}
     found: dict[str, Path] = {}
     for folder in (Path(each).expanduser() for each in folders):
         inside = [
@@ -304,23 +304,31 @@ def look_at_checkpoint(name: str, folder: Path, findings: list[Finding]) -> Chec
         from .checkpoints.layout import open_checkpoint
         from .info import describe_checkpoint
         from .memory_plan import USES
-    except ImportError as error:
-        problem = f"{error}."
-        findings.append(Finding(True, f'"{name}" was not looked at: {problem}', "Mend the library first."))
-        return Checkpoint(name, {}, problem, free)
-    try:
+
         components = describe_checkpoint(open_checkpoint(folder))["components"]
     except (Blip3oError, OSError) as error:
         finding = _finding(True, error, CHECK_FOLDER)
-        findings.append(finding)
-        return Checkpoint(name, {}, finding.what, free)
+    except LIBRARY_ERRORS as error:
+        finding = _stopped(f'Looking at "{name}"', error)
+    else:
+        return _judge(name, components, USES, free, findings)
+    _add(findings, finding)
+    return Checkpoint(name, {}, finding.what, free)
+
+
+def _judge(
+    name: str,
+    components: Mapping[str, Mapping[str, Any]],
+    uses: Mapping[str, Iterable[str]],
+    free: int | None,
+    findings: list[Finding],
+) -> Checkpoint:
     problems = {part: each["problem"] for part, each in components.items() if each["problem"]}
-    can = {use: not any(part in problems for part in parts) for use, parts in USES.items()}
+    can = {use: not any(part in problems for part in parts) for use, parts in uses.items()}
     for part, problem in problems.items():
         # A checkpoint downloaded to draw and answer comes without EVA-CLIP.
         finding = _finding(part != "image_encoder", Blip3oError(problem))
-        if all(each.what != finding.what for each in findings):
-            findings.append(finding)
+        _add(findings, finding)
     needed = [problem.splitlines()[0] for part, problem in problems.items() if part != "image_encoder"]
     return Checkpoint(name, can, needed[0] if needed else "", free)
 
@@ -329,6 +337,26 @@ def _finding(is_wrong: bool, error: Exception, remedy: str = REPORT_BUG) -> Find
     """Our errors say what to do on their second line."""
     what, *rest = str(error).splitlines()
     return Finding(is_wrong, what, " ".join(rest) or remedy)
+
+
+def _add(findings: list[Finding], finding: Finding) -> None:
+    """Each cause is told once, however much it stops."""
+    if all(each.what != finding.what for each in findings):
+        findings.append(finding)
+
+
+def _stopped(work: str, error: Exception) -> Finding:
+    """A library did something else than the one that was tested."""
+    if isinstance(error, ImportError):
+        what = f"A library that is needed cannot be loaded: {error}."
+        return Finding(True, what, "Install it again, in a version that was tested (above).")
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}, line {place.lineno}"
+    return Finding(
+        True,
+        f"{work} stopped with {type(error).__name__} in {where}: {error}",
+        f"Libraries of the versions that were tested (above) mend this mostly. {REPORT_BUG}",
+    )
 
 
 def _free_on_disk(folder: Path) -> int | None:
@@ -351,14 +379,7 @@ def run_tests(findings: list[Finding]) -> tuple[tuple[SelfCheck, ...] | None, fl
         findings.append(_finding(True, error, "Install the project again."))
         return None, None
     except LIBRARY_ERRORS as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        findings.append(
-            Finding(
-                True,
-                f"The self-test stopped with {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {error}",
-                f"Libraries of the versions that were tested (above) mend this mostly. {REPORT_BUG}",
-            )
-        )
+        _add(findings, _stopped("The self-test", error))
         return None, None
     tests = tuple(checks)
     if any(test.problem for test in tests):

@@ -415,3 +415,20 @@ def test_the_line_at_start_up_imports_no_network_library(models: Path) -> None:
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     line, imported = answer.stdout.splitlines()
     assert line.endswith("whole (complete).") and imported == "[]"
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers", "diffusers", "safetensors", "psutil"])
+def test_a_library_that_cannot_be_loaded_is_told_once(library: str, models: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest; sys.modules[{library!r}] = None;"
+        "from comfyui_blip3o.cli import main;"
+        f"print(main(['doctor', '--no-self-test', {str(models / 'whole')!r}, {str(models / 'bare')!r}]))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *report, exit_code = answer.stdout.splitlines()
+    told = [line for line in report if f"import of {library} halted" in line]
+    if library == "psutil":
+        assert exit_code == "1" and "memory not known" in answer.stdout  # "bare" has no decoder
+    else:
+        assert exit_code == "1" and len([line for line in told if "is needed cannot be loaded" in line]) == 1
+        assert sum("not usable" in line for line in report) == 3
