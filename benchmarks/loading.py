@@ -119,7 +119,7 @@ def _measure(checkpoint: Path, size: str, device: torch.device, rounds: int) -> 
         speeds.append(_disk_speed(paths, is_cold=any(way.is_cold for way in found)))
         for way, measured in found.items():
             if way.is_cold:
-                _forget(paths)
+                forget(paths)
             task = {"checkpoint": str(checkpoint), "components": components, "device": str(device)}
             task |= {"dtype": way.dtype, "copied_as": way.copied_as, "paths": [str(path) for path in paths]}
             measured.append(json.loads(_new_process(task).splitlines()[-1]))
@@ -147,7 +147,7 @@ def _disk_speed(paths: list[Path], is_cold: bool) -> float:
     The limit is the fastest of the rounds; a mapped file may still beat it, because reading copies every byte once.
     """
     if is_cold:
-        _forget(paths)
+        forget(paths)
     block = bytearray(8 * 2**20)
     start = time.perf_counter()
     for path in paths:
@@ -157,7 +157,7 @@ def _disk_speed(paths: list[Path], is_cold: bool) -> float:
     return sum(path.stat().st_size for path in paths) / (time.perf_counter() - start)
 
 
-def _forget(paths: list[Path]) -> None:
+def forget(paths: list[Path]) -> None:
     """Take files out of the system's cache."""
     for path in paths:
         with path.open("rb") as file:

@@ -21,15 +21,18 @@ from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
 SIZES = ("tiny", "middle", "full")
 QUERIES = 64
 DITS = {"middle": NextDiTConfig(768, 12, 12, 12, 768, 1536, 2048, 768), "full": NextDiTConfig()}
+PUBLISHED_4B = "full 4b"
 TEXTS = {
     "middle": {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 8},
     "full": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
+    PUBLISHED_4B: {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36},
 }
-HEADS = {"middle": (12, 2), "full": (28, 4)}
+HEADS = {"middle": (12, 2), "full": (28, 4), PUBLISHED_4B: (16, 2)}
 VISIONS = {
     "middle": {"depth": 8, "hidden_size": 640, "intermediate_size": 1728, "num_heads": 8},
     "full": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
 }
+VISIONS[PUBLISHED_4B] = VISIONS["full"]
 VOCABULARY = {"middle": 32_000, "full": 151_668}
 UNETS = {
     "middle": {"block_out_channels": [96, 192, 384], "sample_size": 32, "cross_attention_dim": 768},
@@ -76,58 +79,71 @@ class Networks(Blip3oPipeline):
         return dit
 
     def _backbone(self) -> Backbone:
-        heads, kv_heads = HEADS[self.size]
-        width = TEXTS[self.size]["hidden_size"]
-        config = {
-            **TEXTS[self.size],
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "hidden_act": "silu",
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6,
-            "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [16, 24, 24]},
-            "vision_config": {
-                **VISIONS[self.size],
-                "hidden_act": "silu",
-                "in_channels": 3,
-                "patch_size": 14,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-                "tokens_per_second": 2,
-                "window_size": 112,
-                "out_hidden_size": width,
-                "fullatt_block_indexes": [7, 15, 23, 31],
-            },
-        }
+        config = backbone_config(self.size)
         return Backbone(config, vocab_size=VOCABULARY[self.size], queries=QUERIES, tie_head=False)
 
     def _decoder(self) -> Decoder:
-        widths, (depths, heads) = UNETS[self.size], UNET_LAYERS[self.size]
-        unet = {
-            **widths,
-            "in_channels": 4,
-            "out_channels": 4,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "layers_per_block": 2,
-            "transformer_layers_per_block": depths,
-            "attention_head_dim": heads,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": widths["cross_attention_dim"] + 6 * 256,
-        }
-        levels = len(VAES[self.size])
-        vae = {
-            "block_out_channels": VAES[self.size],
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "layers_per_block": 2,
-            "latent_channels": 4,
-            "scaling_factor": 0.13025,
-        }
-        return Decoder(unet, vae, self.files.decoder_config("scheduler") | {"prediction_type": "epsilon"})
+        return Decoder(*decoder_configs(self.size, self.files.decoder_config("scheduler")))
+
+
+def backbone_config(size: str) -> dict[str, Any]:
+    """Fields of config.json that say how large a backbone is."""
+    heads, kv_heads = HEADS[size]
+    return {
+        **TEXTS[size],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [16, 24, 24]},
+        "vision_config": {
+            **VISIONS[size],
+            "hidden_act": "silu",
+            "in_channels": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": 112,
+            "out_hidden_size": TEXTS[size]["hidden_size"],
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    }
+
+
+def decoder_configs(size: str, scheduler: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Configurations of a decoder's UNet, VAE and scheduler, which predicts noise.
+
+    Args:
+        scheduler: the configuration that it differs from in that alone.
+    """
+    widths, (depths, heads) = UNETS[size], UNET_LAYERS[size]
+    unet = {
+        **widths,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 2,
+        "transformer_layers_per_block": depths,
+        "attention_head_dim": heads,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": widths["cross_attention_dim"] + 6 * 256,
+    }
+    levels = len(VAES[size])
+    vae = {
+        "block_out_channels": VAES[size],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "scaling_factor": 0.13025,
+    }
+    return unet, vae, scheduler | {"prediction_type": "epsilon"}
 
 
 @contextmanager

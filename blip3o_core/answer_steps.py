@@ -8,14 +8,14 @@ Letters: B rows, N places for tokens, C width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from .compiling import Record, Recorder, can_compile, record_cuda_graph
-from .models.backbone import Backbone
+from .models.backbone import NEEDS_CACHE_POSITION, Backbone
 from .prefixes import cached_layers
 
 if TYPE_CHECKING:
@@ -51,41 +51,35 @@ class PlainSteps:
 
 
 class PlacedTokens:
-    """What attention reads and writes in a step: the part of transformers' cache that its layers call.
+    """Keys and values in fixed places, transformers' StaticCache, and which of them a step sees.
 
     Attributes:
-        keys, values: for each layer, (B, heads, N, d).
+        cache: with N places for each row.
         place: where this step's keys and values go, (1,).
         is_token: places that hold a token of a row rather than padding, (B, N); true for all places to come.
     """
 
-    def __init__(self, cache: DynamicCache, rows: int, places: int) -> None:
-        self.keys, self.values = [], []
-        for key, value in cached_layers(cache):
-            self.keys.append(key.new_zeros(rows, key.shape[1], places, key.shape[3]))
-            self.values.append(value.new_zeros(rows, value.shape[1], places, value.shape[3]))
-        device = self.keys[0].device
-        self.place = torch.zeros(1, dtype=torch.long, device=device)
-        self.is_token = torch.ones(rows, places, dtype=torch.bool, device=device)
-        self.order = torch.arange(places, device=device)
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *unused: Any) -> tuple[Tensor, Tensor]:
-        self.keys[layer].index_copy_(2, self.place, key)
-        self.values[layer].index_copy_(2, self.place, value)
-        return self.keys[layer], self.values[layer]
-
-    def get_seq_length(self, *unused: Any) -> int:
-        # Masks and positions are given; what transformers would derive from this is not looked at.
-        return 0
+    def __init__(self, backbone: Backbone, cache: DynamicCache, places: int) -> None:
+        self.cache = StaticCache(config=backbone.text.config, max_cache_len=places)
+        keys = cached_layers(cache)[0][0]
+        self.place = torch.zeros(1, dtype=torch.long, device=keys.device)
+        self.is_token = torch.ones(len(keys), places, dtype=torch.bool, device=keys.device)
+        self.order = torch.arange(places, device=keys.device)
 
     def fill(self, cache: DynamicCache, mask: Tensor | None) -> None:
         """Take over the keys and values of a cache; the places to come are masked until then."""
-        for mine, given in zip((*self.keys, *self.values), _keys_then_values(cache), strict=True):
-            mine.zero_()  # a masked place counts nothing, unless a broken answer has left infinities there
-            mine[:, :, : given.shape[2]] = given
-        self.is_token.fill_(True)
+        self.reset()
+        for layer, (keys, values) in enumerate(cached_layers(cache)):
+            places = ({"cache_position": self.order[: keys.shape[2]]},) if NEEDS_CACHE_POSITION else ()
+            self.cache.update(keys, values, layer, *places)
         if mask is not None:
             self.is_token[:, : mask.shape[1]] = mask.bool()
+
+    def reset(self) -> None:
+        """Empty all places: a masked one counts nothing, unless a broken answer has left infinities there."""
+        self.cache.reset()
+        self.place.zero_()
+        self.is_token.fill_(True)
 
     def step(self, backbone: Backbone, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, V) after tokens (B,) at positions (B, 1), which take the current place."""
@@ -93,7 +87,7 @@ class PlacedTokens:
         is_seen = self.is_token & (self.order <= self.place)
         bias = torch.zeros_like(is_seen, dtype=embeddings.dtype)
         bias = bias.masked_fill(~is_seen, torch.finfo(embeddings.dtype).min)[:, None, None]
-        states = backbone(embeddings, positions.expand(3, -1, -1), bias, self)
+        states = backbone(embeddings, positions.expand(3, -1, -1), bias, self.cache, self.place)
         return backbone.lm_head(states[:, -1])
 
 
@@ -131,8 +125,10 @@ class AnswerRecorder(Recorder["AnswerRecording"]):
 
         def make() -> AnswerRecording:
             call = self._compiled if self.is_compiled and rows == 1 else PlacedTokens.step
-            tokens = PlacedTokens(cache, rows, places)
-            tokens.place.fill_(length)
+            tokens = PlacedTokens(backbone, cache, places)
+            # Filled, it has its tensors; empty, it has room for the calls that warm up.
+            tokens.fill(cache, mask)
+            tokens.reset()
             return AnswerRecording(self.record, tokens, call, backbone, inputs)
 
         found = self.find((rows, places), make)
@@ -168,8 +164,7 @@ class RecordedSteps(PlainSteps):
         known = self._cache.get_seq_length()
         if self._recording is None or known == self._length:
             return
-        tokens = self._recording.tokens
-        for layer, pair in enumerate(zip(tokens.keys, tokens.values, strict=True)):
+        for layer, pair in enumerate(cached_layers(self._recording.tokens.cache)):
             self._cache.update(*(each[:, :, known : self._length].clone() for each in pair), layer)
         if self._mask is not None:
             self._mask = torch.cat(
@@ -198,11 +193,6 @@ class AnswerRecording:
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given)
         return self._replay()
-
-
-def _keys_then_values(cache: DynamicCache) -> list[Tensor]:
-    keys, values = zip(*cached_layers(cache), strict=True)
-    return [*keys, *values]
 
 
 def record_answers(backbone: Backbone, device: torch.device) -> None:

@@ -22,13 +22,8 @@ def convert_pickle(source: Path, target: Path, dtype: torch.dtype | None = None)
     """
     if target.suffix != ".safetensors":
         target = target / "model.safetensors"
-    tensors = read_pickle(source)
-    if dtype is not None:
-        tensors = {
-            key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()
-        }
-    # Copies: safetensors refuses tensors that share memory, which a pickle may hold.
-    write_safetensors({key: value.clone() for key, value in tensors.items()}, target)
+    # The pickle is mapped and written piece by piece: files larger than the memory can be converted.
+    write_safetensors(read_pickle(source), target, dtype=dtype)
     return target
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from .models.backbone import Backbone
 from .prompts import TextTokenizer
@@ -149,21 +150,15 @@ class KeptChat:
         self._row = self._cache = self._weights = None
 
 
-def cached_layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+def cached_layers(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, (B, heads, L, d)."""
-    if hasattr(cache, "layers"):  # transformers 4.54 and later
-        return [(layer.keys, layer.values) for layer in cache.layers]
-    return list(zip(cache.key_cache, cache.value_cache, strict=True))
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def move_cache(cache: DynamicCache, device: torch.device) -> None:
+def move_cache(cache: Cache, device: torch.device) -> None:
     """Bring all keys and values to a device, in place."""
-    moved = [(key.to(device), value.to(device)) for key, value in cached_layers(cache)]
-    if hasattr(cache, "layers"):
-        for layer, (key, value) in zip(cache.layers, moved, strict=True):
-            layer.keys, layer.values = key, value
-    else:
-        cache.key_cache, cache.value_cache = map(list, zip(*moved, strict=True))
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
 
 
 def _outside_images(row: EncodedRow, length: int, image_pad: int, merge_size: int) -> int:

@@ -622,6 +622,12 @@ class _Watcher:
                 f"loss {_shown(event['loss'])}, {_minutes(event['seconds_left'])} left", refresh=False
             )
             _advance(bar, event["step"], event["total"])
+        elif kind == "working":
+            from .records import working_text
+
+            bar = self._bar("fit")
+            bar.set_postfix_str(working_text(event), refresh=False)
+            _advance(bar, max(0, event["step"] - 1), event["total"])
         elif kind == "validation":
             numbers = ", ".join(
                 f"{name} {_shown(event[name])}" for name in ("gain", "concept", "drift", "leak")

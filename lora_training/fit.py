@@ -45,6 +45,7 @@ from .objective import (
 )
 from .optimizers import MovingAverage, averaged, build_optimizer, rate_factor, set_rate, uses_schedule
 from .prompts import preservation_prompts
+from .pulse import Pulse
 from .records import (
     Diverged,
     EventSink,
@@ -242,18 +243,22 @@ class _Fit:
             self._checkpoint_blocks()
         is_compiled = config.model.compile and can_compile(self.device)
         self.network = torch.compile(dit) if is_compiled else dit
+        self.pulse = Pulse(dit, self.on_event, is_counted=not is_compiled)
 
     def go(self) -> FitResult:
         self._resume()
         if self.step == 0:
             self._save()  # what a roll-back of the first steps goes back to
         if self.config.uses_preservation:
-            self.known = self._draw_prompts()
+            with self.pulse.during("prompts", self.step, self.total):
+                self.known = self._draw_prompts()
         started, first = time.monotonic(), self.step
         while self.step < self.total and self.progress.stopped_because is None:
-            is_stopped = self._train_step(started, first)
+            with self.pulse.during("step", self.step + 1, self.total):
+                is_stopped = self._train_step(started, first)
             is_last = self.step == self.total
-            self._look(is_last)
+            with self.pulse.during("measuring", self.step, self.total):
+                self._look(is_last)
             if is_stopped:
                 self._save()
                 raise Interrupted(
@@ -272,6 +277,7 @@ class _Fit:
 
     def release(self) -> None:
         """Undo what only training needs."""
+        self.pulse.close()
         if self.is_checkpointed:
             for block in self.dit.layers:
                 del block.forward  # the class's own shows again
@@ -330,9 +336,14 @@ class _Fit:
         while True:
             is_out_of_memory = False
             sums = torch.zeros(2, device=self.device)
+            count = math.ceil(len(mine) / self.micro_batch)
             try:
-                for start in range(0, len(mine), self.micro_batch):
-                    sums += self._backward(mine[start : start + self.micro_batch], sigmas)
+                for number in range(count):
+                    items = mine[number * self.micro_batch :][: self.micro_batch]
+                    # There and back, and once more for what a lesson teaches.
+                    passes = 2 + any(isinstance(item, Lesson) for item in items)
+                    self.pulse.begin(number + 1, count, passes)
+                    sums += self._backward(items, sigmas)
             except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 if not is_memory_error(error):
                     raise
@@ -603,8 +614,11 @@ class _Fit:
         settings = FeatureSettings(steps=DRAWING_STEPS, guidance_scale=1, sampler="ab2")
         known: dict[str, tuple[Tensor, Tensor]] = {}
         prompts = list(conditioning)
-        for start in range(0, len(prompts), self.micro_batch):
+        count = math.ceil(len(prompts) / self.micro_batch)
+        for number in range(count):
+            start = number * self.micro_batch
             part = prompts[start : start + self.micro_batch]
+            self.pulse.begin(number + 1, count, DRAWING_STEPS)
             given = self._stack([conditioning[prompt] for prompt in part])
             noise = [
                 draw_noise(self.config.run.seed, 0, [index], (shape[1], side, side), stream="drawing")

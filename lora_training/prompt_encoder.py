@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..blip3o_core.models.backbone import Backbone
+from ..blip3o_core.prefixes import cached_layers
 from ..blip3o_core.prompts import TextTokenizer, generation_text
 from ..blip3o_core.rows import EncodedRow, embed_rows
 
@@ -70,10 +71,10 @@ class PromptEncoder:
         if prompt not in self._prefixes:
             embeddings, _ = self._embed([prompt])
             length = embeddings.shape[1]
-            cache = _RecordingCache()
+            cache = DynamicCache()
             positions = torch.arange(length, device=self._device).expand(3, 1, -1)
             self.backbone(embeddings, positions, None, cache)
-            self._prefixes[prompt] = _Prefix(tuple(cache.recorded), length)
+            self._prefixes[prompt] = _Prefix(tuple(cached_layers(cache)), length)
         return self._prefixes[prompt]
 
     def _after_prefixes(self, prompts: Sequence[str]) -> Tensor:
@@ -98,18 +99,3 @@ class PromptEncoder:
         places = torch.arange(longest + queries.shape[1], device=self._device)
         mask = (places >= longest - lengths).long()
         return self.backbone(queries, positions.expand(3, -1, -1), mask, cache)
-
-
-class _RecordingCache(DynamicCache):
-    """Keeps what every layer adds: where releases of transformers store it differs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recorded: list[tuple[Tensor, Tensor]] = []
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        assert layer_idx == len(self.recorded)
-        self.recorded.append((key_states, value_states))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)

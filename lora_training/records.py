@@ -15,6 +15,9 @@ EVENTS = {
     "phase": 'phase (name in PHASES, or "captions"), done, total',
     "caption": "name, caption",
     "step": "step, total, loss, rate, grad_norm, seconds_left; preservation when on",
+    "working": "what (prompts = draws those that must stay, step, measuring), step (that is computed, from 1; 0 = before "
+    "the first), total, micro_batch (from 1), micro_batches, share (of this work, 0 to 1; null = not known), is_first "
+    "(reads the weights). Only where work takes longer than seconds; not kept in events.jsonl",
     "validation": "step and the numbers of a Validation",
     "sample": "step, prompt, path",
     "saved": "step, path",
@@ -22,10 +25,25 @@ EVENTS = {
     "error": "message, code (exit code)",
     "done": "lora (path), scorecard, seconds",
 }
+# Events of the moment, which events.jsonl does not keep.
+PASSING = frozenset({"working"})
 PHASES = ("check", "features", "conditioning", "fit", "prove", "export")
 
 EventSink = Callable[[dict[str, Any]], None]
 StopCheck = Callable[[], bool]
+
+
+def working_text(event: dict[str, Any]) -> str:
+    """A "working" event in words, e.g. "step 1: reading the weights, micro batch 1 of 4, 6%"."""
+    what, count = event["what"], event["micro_batches"]
+    words = {"prompts": "drawing the prompts that must stay", "measuring": "measuring what was learned"}
+    text = words.get(what) or f"step {event['step']}"
+    details = ["reading the weights"] if event["is_first"] else []
+    if count > 1:
+        details.append(f"micro batch {event['micro_batch']} of {count}")
+    if event["share"] is not None:
+        details.append(f"{event['share']:.0%}")
+    return f"{text}: {', '.join(details)}" if details else text
 
 
 class Interrupted(Blip3oError):

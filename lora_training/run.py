@@ -54,6 +54,7 @@ from .prove import (
     verdicts,
 )
 from .records import (
+    PASSING,
     PHASES,
     Diverged,
     EventSink,
@@ -213,9 +214,10 @@ class _Run:
         if not self.is_main:
             return
         event = {key: _finite(value) for key, value in event.items()}
-        self._unwritten.append(json.dumps({**event, "time": round(time.time(), 3)}, default=str))
+        if event["event"] not in PASSING:
+            self._unwritten.append(json.dumps({**event, "time": round(time.time(), 3)}, default=str))
         # Before its folder is there nothing has been done that is worth keeping.
-        if self.folder.is_dir():
+        if self._unwritten and self.folder.is_dir():
             with (self.folder / EVENTS_NAME).open("a", encoding="utf-8") as file:
                 file.write("\n".join(self._unwritten) + "\n")
             self._unwritten.clear()

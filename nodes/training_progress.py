@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..blip3o_core.images import load_image
 from ..lora_training.plot import History
+from ..lora_training.records import working_text
 from . import host
 
 EVENT = "blip3o.training"
@@ -112,6 +113,9 @@ class TrainingWatcher:
             loss = "not a number" if event["loss"] is None else f"{event['loss']:.3f}"
             left = format_seconds(event["seconds_left"])
             self._say(f"Training: step {event['step']} of {event['total']}, {left} left, loss {loss}")
+        elif kind == "working":
+            self._advance(max(0, event["step"] - 1), event["total"])
+            self._say(f"Training: {working_text(event)}")
         elif kind == "sample":
             self._advance(
                 self.chart.loss[-1][0] if self.chart.loss else 0, self.bar_total or 1, Path(event["path"])

@@ -50,7 +50,14 @@ def load_image_encoder(
 def load_backbone(
     files: CheckpointFiles, *, dtype: torch.dtype | None = None, device: Device = "cpu"
 ) -> Backbone:
-    """Qwen2.5-VL with its vision tower, head and latent queries."""
+    """Qwen2.5-VL with its vision tower, head and latent queries.
+
+    Raises:
+        Blip3oError: the installed transformers computes with it in another way, see cache_check.
+    """
+    from ..cache_check import require_working_cache
+
+    require_working_cache()
     match = match_network(files, "backbone")
     backbone = _load(files, "backbone", match, dtype, device)
     if match.is_head_tied:

@@ -1,13 +1,15 @@
-"""Safetensors files: their headers without reading weights, and their tensors without a second copy."""
+"""Safetensors files: their headers without reading weights, their tensors read and written without a second copy."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +31,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FILE_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+# What is held at once of a tensor that is being written.
+PIECE_BYTES = 32 * 2**20
 # A converting read drops its file mapping after so many bytes, so that mapped pages do not add up to a second copy.
 REMAP_BYTES = 128 * 2**20
 MAX_HEADER_BYTES = 100 * 2**20
@@ -138,18 +143,95 @@ def read_tensors(
             del tensor
 
 
-def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file under a temporary name and rename it, so that no reader ever sees half of it."""
-    from safetensors.torch import save_file
+@dataclass(frozen=True)
+class TensorShape:
+    """What a tensor to be written will be."""
 
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a file piece after piece: beside the tensors themselves a few dozen megabytes are needed.
+
+    Tensors that share memory are written one by one, each whole.
+
+    Args:
+        metadata: strings for the header.
+        dtype: of the floating-point tensors in the file; None keeps each tensor's.
+
+    Raises:
+        WrongCheckpointError: a tensor is of a kind that these files do not hold, e.g. complex.
+    """
+    shapes = {key: shape_in_file(tensor, dtype) for key, tensor in tensors.items()}
+    stream_safetensors(shapes, lambda key: pieces_of(tensors[key], shapes[key].dtype), path, metadata)
+
+
+def shape_in_file(tensor: Tensor, dtype: torch.dtype | None = None) -> TensorShape:
+    """What a tensor will be in a file whose floating-point tensors are of `dtype`; None keeps each tensor's."""
+    kept = dtype is None or not tensor.is_floating_point()
+    return TensorShape(tensor.dtype if kept else dtype, tuple(tensor.shape))
+
+
+def pieces_of(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A tensor in pieces of at most PIECE_BYTES, flat, on the CPU and in `dtype`."""
+    size = PIECE_BYTES // max(dtype.itemsize, tensor.element_size())
+    for piece in tensor.detach().reshape(-1).split(size):
+        yield piece.to("cpu", dtype)
+
+
+def stream_safetensors(
+    shapes: Mapping[str, TensorShape],
+    read: Callable[[str], Iterable[Tensor]],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors that are made while they are written; the file appears complete or not at all.
+
+    Args:
+        shapes: name -> what it will be, of all tensors.
+        read: gives a tensor's values in flat pieces on the CPU, in its dtype; called once for each name.
+        metadata: strings for the header.
+
+    Raises:
+        WrongCheckpointError: a tensor is of a kind that these files do not hold, e.g. complex.
+    """
+    # Wide numbers first, as safetensors itself does, so that every tensor begins at a multiple of its number's bytes.
+    order = sorted(shapes, key=lambda key: (-shapes[key].dtype.itemsize, key))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for key in order:
+        dtype, shape = shapes[key].dtype, shapes[key].shape
+        if dtype not in FILE_DTYPES:
+            raise WrongCheckpointError(
+                f'The tensor "{key}" cannot be written to "{path.name}": its numbers are {str(dtype).removeprefix("torch.")}.\n'
+                "Use a file whose weights are floating-point numbers or integers."
+            )
+        end = offset + shapes[key].nbytes
+        header[key] = {"dtype": FILE_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     try:
-        save_file(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-            str(temporary),
-            metadata={"format": "pt", **(metadata or {})},
-        )
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(raw)) + raw)
+            for key in order:
+                written = 0
+                for piece in read(key):
+                    assert piece.dtype == shapes[key].dtype, f"{key} is {piece.dtype}"
+                    written += file.write(piece.contiguous().view(-1).view(torch.uint8).numpy())
+                assert written == shapes[key].nbytes, f"{key} has {written} bytes, not {shapes[key].nbytes}"
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,13 @@ from torch import Tensor
 
 from .keys import to_published_key
 from .layout import DECODER_FOLDER, DECODER_WEIGHTS, INDEX_NAME
-from .safetensor_files import write_safetensors
+from .safetensor_files import (
+    TensorShape,
+    pieces_of,
+    shape_in_file,
+    stream_safetensors,
+    write_safetensors,
+)
 
 if TYPE_CHECKING:
     from ..models.backbone import Backbone
@@ -50,6 +57,8 @@ def save_checkpoint(
 ) -> Path:
     """Write components under their published names; each file appears complete or not at all.
 
+    Tensors go to the files piece by piece, also where their dtype changes: no second copy of them is held.
+
     Args:
         config: config.json; `gen_vision_config`, `gen_hidden_size` and `n_query` are set from the networks.
         tokenizer_from: folder whose tokenizer and preprocessor files are copied.
@@ -75,7 +84,14 @@ def save_checkpoint(
         config["n_query"] = backbone.latent_queries.shape[1]
     if image_encoder is not None:
         config |= image_encoder_fields(image_encoder)
-    _write_shards(folder, tensors, dtype, max_shard_bytes, metadata)
+    shapes = {key: shape_in_file(tensors[key], dtype) for key in sorted(tensors)}
+    _write_shards(
+        folder,
+        shapes,
+        lambda key: pieces_of(tensors[key], shapes[key].dtype),
+        max_shard_bytes=max_shard_bytes,
+        metadata=metadata,
+    )
     write_json(folder / "config.json", config)
     if tokenizer_from is not None and Path(tokenizer_from).resolve() != folder.resolve():
         for name in TOKENIZER_FILES:
@@ -108,14 +124,23 @@ def save_decoder(folder: Path, decoder: Decoder, dtype: torch.dtype | None) -> N
     for name, network in (("unet", decoder.unet), ("vae", decoder.vae)):
         # Only variant bf16 is published; another dtype takes the plain name.
         weights = DECODER_WEIGHTS[0] if dtype == torch.bfloat16 else DECODER_WEIGHTS[1]
-        state_dict = {key: _cast(tensor, dtype) for key, tensor in network.state_dict().items()}
-        write_safetensors(state_dict, folder / name / weights)
+        write_safetensors(network.state_dict(), folder / name / weights, dtype=dtype)
         # Two files of one network would leave it to chance which is read.
         for other in set(DECODER_WEIGHTS) - {weights}:
             (folder / name / other).unlink(missing_ok=True)
-        config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
-        write_json(folder / name / "config.json", {"_class_name": type(network).__name__, **config})
-    write_json(folder / "scheduler" / "scheduler_config.json", decoder.scheduler_config)
+        write_json(folder / name / "config.json", network_config(network))
+    write_decoder_index(folder, decoder.scheduler_config)
+
+
+def network_config(network: Any) -> dict[str, Any]:
+    """The config.json of a network of diffusers."""
+    config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
+    return {"_class_name": type(network).__name__, **config}
+
+
+def write_decoder_index(folder: Path, scheduler_config: dict[str, Any]) -> None:
+    """Write what a `diffusion-decoder` folder holds beside its two networks."""
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
     write_json(
         folder / "model_index.json",
         {
@@ -143,32 +168,45 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _write_shards(
-    folder: Path,
-    tensors: dict[str, Tensor],
-    dtype: torch.dtype | None,
-    max_shard_bytes: int,
-    metadata: dict[str, str] | None,
-) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    total, size = 0, 0
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
-        if shards[-1] and size + nbytes > max_shard_bytes:
+def plan_shards(
+    shapes: Mapping[str, TensorShape], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, dict[str, TensorShape]]:
+    """Shard's file name -> what lies in it, filled in the order given."""
+    shards: list[dict[str, TensorShape]] = [{}]
+    size = 0
+    for key, shape in shapes.items():
+        if shards[-1] and size + shape.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][key] = tensor
-        size += nbytes
-        total += nbytes
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        write_safetensors(
-            {key: _cast(tensor, dtype) for key, tensor in shard.items()}, folder / name, metadata
-        )
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        shards[-1][key] = shape
+        size += shape.nbytes
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def shard_index(shards: Mapping[str, Mapping[str, TensorShape]]) -> dict[str, Any]:
+    """The index of shards: model.safetensors.index.json."""
+    total = sum(shape.nbytes for shard in shards.values() for shape in shard.values())
+    weight_map = {key: name for name, shard in shards.items() for key in shard}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _write_shards(
+    folder: Path,
+    shapes: Mapping[str, TensorShape],
+    read: Callable[[str], Iterable[Tensor]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the main weights and their index, tensor after tensor; no tensor is held whole.
+
+    Args:
+        shapes: published name -> what it will be in the file, in the order in which the shards take them.
+        read: gives a tensor's values in pieces, see stream_safetensors.
+        max_shard_bytes: a new shard begins before a file grows beyond this.
+        metadata: strings for the headers.
+    """
+    shards = plan_shards(shapes, max_shard_bytes)
+    for name, shard in shards.items():
+        stream_safetensors(shard, read, folder / name, metadata)
+    write_json(folder / INDEX_NAME, shard_index(shards))

@@ -1,23 +1,24 @@
 """Backbone: Qwen2.5-VL with 64 learned latent queries; turns prompts into conditioning and continues texts.
 
 The parts are transformers' own modules, held side by side, so that one class serves every transformers release
-since 4.51, whatever way it nests them.
+since 4.57, whatever way it nests them.
 
 Letters: B batch, L tokens, Q latent queries, C width, P patches of all images together.
 """
 
 from __future__ import annotations
 
+import inspect
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 if TYPE_CHECKING:
-    from ..answer_steps import AnswerRecorder, PlacedTokens
+    from ..answer_steps import AnswerRecorder
 
 TEXT_FIELDS = (
     "hidden_size",
@@ -47,9 +48,13 @@ VISION_FIELDS = (
     "out_hidden_size",
     "fullatt_block_indexes",
 )
-# transformers <= 4.51 has one class for text model and its configuration; later ones split them.
-TEXT_MODEL = getattr(qwen, "Qwen2_5_VLTextModel", None) or qwen.Qwen2_5_VLModel
+TEXT_MODEL = qwen.Qwen2_5_VLTextModel
 TEXT_CONFIG = TEXT_MODEL.config_class
+# transformers 5.24 renamed the argument. Its forward takes any name, and computes without a cache if it is the wrong one.
+_OFFERED = inspect.signature(TEXT_MODEL.forward).parameters
+CACHE_ARGUMENT = "cache" if "cache" in _OFFERED else "past_key_values"
+# Up to 5.4 a cache with fixed places does not know by itself which ones are next.
+NEEDS_CACHE_POSITION = "cache_position" in _OFFERED
 VISION_MODEL = qwen.Qwen2_5_VisionTransformerPretrainedModel
 VISION_CONFIG = VISION_MODEL.config_class
 
@@ -128,7 +133,8 @@ class Backbone(nn.Module):
         embeddings: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
-        cache: DynamicCache | PlacedTokens | None = None,
+        cache: Cache | None = None,
+        cache_position: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, (B, L, C).
 
@@ -138,17 +144,21 @@ class Backbone(nn.Module):
             attention_mask: 1 = token, 0 = padding, over cache and new tokens, (B, cached + L); None = no padding. Or
                 what is added to the attention's scores, (B, 1, L, cached + L).
             cache: keys and values of earlier tokens; extended in place.
+            cache_position: places of the new tokens in a StaticCache, (L,); None = the next ones.
         """
+        arguments = {CACHE_ARGUMENT: cache}
+        if cache_position is not None and NEEDS_CACHE_POSITION:
+            arguments["cache_position"] = cache_position
         return self.text(
             inputs_embeds=embeddings,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **arguments,
         ).last_hidden_state
 
     def encode_conditioning(
-        self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: DynamicCache | None = None
+        self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Hidden states at the latent queries, which follow the prompt, (B, Q, C).
 

@@ -5,7 +5,7 @@ import pickle
 import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +21,12 @@ from comfyui_blip3o.blip3o_core.checkpoints.load import (
     load_dit,
     load_image_encoder,
 )
-from comfyui_blip3o.blip3o_core.checkpoints.safetensor_files import read_header, write_safetensors
+from comfyui_blip3o.blip3o_core.checkpoints.safetensor_files import (
+    TensorShape,
+    read_header,
+    stream_safetensors,
+    write_safetensors,
+)
 from comfyui_blip3o.blip3o_core.convert import convert_folder, convert_pickle
 from comfyui_blip3o.blip3o_core.errors import (
     BadInputError,
@@ -32,6 +37,7 @@ from comfyui_blip3o.blip3o_core.errors import (
 from comfyui_blip3o.blip3o_core.info import describe_checkpoint
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from reference_set import COMPACT
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
@@ -678,21 +684,62 @@ def test_a_cheap_look_at_a_folder_never_raises(folder: Path, tmp_path: Path) -> 
 # Writing
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     write_safetensors({"a": torch.ones(3)}, path)
 
-    def fail(_: dict, target: str, **__: object) -> None:
-        Path(target).write_bytes(b"half")
+    def half(key: str) -> Iterator[torch.Tensor]:
+        yield torch.zeros(2)
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="No space"):
-        write_safetensors({"a": torch.zeros(3)}, path)
+        stream_safetensors({"a": TensorShape(torch.float32, (3,))}, half, path)
     assert [child.name for child in tmp_path.iterdir()] == ["weights.safetensors"]
     assert torch.equal(load_file(str(path))["a"], torch.ones(3))
+
+
+def test_what_is_written_is_what_the_safetensors_library_reads(tmp_path: Path) -> None:
+    shared = torch.randn(6)
+    tensors = {
+        'name with ü and "quotes"': torch.randn(4, 3).bfloat16(),
+        "not contiguous": torch.randn(4, 5).t(),
+        "every second": torch.arange(10)[::2],
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+        "flags": torch.tensor([True, False, True]),
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        "eight bits": torch.randn(5).to(torch.float8_e4m3fn),
+        "trained": torch.nn.Parameter(shared),
+        "of the same memory": shared[:2],
+    }
+    path = tmp_path / "all.safetensors"
+    write_safetensors(tensors, path, {"made by": "ü"})
+    read = load_file(str(path))
+    assert read.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert read[key].dtype == tensor.dtype and read[key].shape == tensor.shape
+        assert torch.equal(read[key].float(), tensor.detach().float()), key
+    with safe_open(str(path), "pt") as file:
+        assert file.metadata() == {"format": "pt", "made by": "ü"}
+    write_safetensors(tensors, path, dtype=torch.float16)
+    read = load_file(str(path))
+    assert torch.equal(read["trained"], shared.half()) and read["every second"].dtype == torch.int64
+
+
+def test_a_tensor_is_written_in_pieces_that_join_without_a_seam(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensor_files, "PIECE_BYTES", 64)
+    long = torch.randn(7, 31)
+    assert max(piece.numel() for piece in safetensor_files.pieces_of(long, torch.float16)) == 16
+    write_safetensors({"long": long}, tmp_path / "long.safetensors", dtype=torch.float16)
+    assert torch.equal(load_file(str(tmp_path / "long.safetensors"))["long"], long.half())
+
+
+def test_numbers_that_no_such_file_holds_are_named(tmp_path: Path) -> None:
+    with pytest.raises(WrongCheckpointError, match='"wave".*complex64'):
+        write_safetensors({"wave": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_config_json_is_never_half_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

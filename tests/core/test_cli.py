@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 from comfyui_blip3o import cli
+from comfyui_blip3o.cli import options
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_dit
 from comfyui_blip3o.blip3o_core.metadata import read_description
@@ -498,10 +499,10 @@ def test_an_interrupt_ends_with_its_own_code(
 def test_the_built_in_model_serves_when_none_is_named(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "BUILT_IN_MODEL", tiny_folder)
+    monkeypatch.setattr(options, "BUILT_IN_MODEL", tiny_folder)
     assert main(["generate", "red", "-o", str(tmp_path / "a.png"), *QUICK]) == 0
     assert main(["info"]) == 0
-    monkeypatch.setattr(cli, "BUILT_IN_MODEL", tmp_path)
+    monkeypatch.setattr(options, "BUILT_IN_MODEL", tmp_path)
     assert main(["ask", "red ?"]) == 2
     assert "built-in tiny model is missing" in capsys.readouterr().err
 

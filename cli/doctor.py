@@ -35,7 +35,7 @@ def add_doctor(commands: Any) -> None:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Print the diagnosis; returns the exit code."""
-    from .blip3o_core.doctor import diagnose
+    from ..blip3o_core.doctor import diagnose
 
     diagnosis = diagnose(arguments.folder, self_test=not arguments.no_self_test)
     print(json.dumps(diagnosis.to_json(), indent=2) if arguments.json else diagnosis)

@@ -1,0 +1,7 @@
+"""`python -m comfyui_blip3o.cli`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

@@ -1,0 +1,130 @@
+"""`blip3o ask` and `blip3o caption`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .options import (
+    add_answer_options,
+    add_model_options,
+    answer_options,
+    command,
+    open_pipeline,
+    picture_paths,
+)
+
+
+def add_ask(commands: Any) -> None:
+    parser = command(commands, "ask", run_ask, "Ask about pictures.")
+    parser.add_argument("question")
+    parser.add_argument("picture", type=Path, nargs="*", help="pictures, asked about one by one")
+    parser.add_argument("--together", action="store_true", help="one question about all the pictures at once")
+    parser.add_argument(
+        "--choices", nargs="+", metavar="CHOICE", help="answer with the probability of each of these"
+    )
+    parser.add_argument("--yes-no", action="store_true", help="answer with the probability of yes")
+    add_answer_options(parser)
+    add_model_options(parser)
+
+
+def add_caption(commands: Any) -> None:
+    parser = command(
+        commands, "caption", run_caption, "Describe pictures; optionally write a text file beside each."
+    )
+    parser.add_argument("picture", type=Path, nargs="+", help="picture files or folders of them")
+    parser.add_argument("--style", default="short", help="short, detailed, tags or training (default: short)")
+    parser.add_argument(
+        "--write", action="store_true", help="write NAME.txt beside NAME.png; existing files are kept"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="with --write: replace existing text files")
+    parser.add_argument("--batch-size", type=int, default=4, help="pictures looked at together (default: 4)")
+    add_answer_options(parser)
+    add_model_options(parser)
+
+
+def run_ask(arguments: argparse.Namespace) -> None:
+    from ..blip3o_core.images import load_image
+
+    paths = arguments.picture
+    pictures = [load_image(path) for path in paths]
+    pipeline = open_pipeline(arguments)
+    together = arguments.together or not paths
+    groups = [pictures] if together else [[picture] for picture in pictures]
+    limits = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    if arguments.choices:
+        answers: list[Any] = [
+            pipeline.choose(arguments.question, arguments.choices, each, **limits) for each in groups
+        ]
+    elif arguments.yes_no:
+        answers = [{"yes": pipeline.ask_yes_no(arguments.question, each, **limits)} for each in groups]
+    else:
+        with _streaming(arguments, len(groups)) as on_text:
+            answers = pipeline.ask(arguments.question, groups, on_text=on_text, **answer_options(arguments))
+        if on_text is not None:
+            return
+    labels = [[str(path) for path in paths]] if together else [[str(path)] for path in paths]
+    if arguments.json:
+        rows = zip(labels, answers, strict=True)
+        print(
+            json.dumps(
+                [{"pictures": each, "answer": answer} for each, answer in rows], indent=2, ensure_ascii=False
+            )
+        )
+        return
+    for each, answer in zip(labels, answers, strict=True):
+        if isinstance(answer, dict):
+            answer = "  ".join(f"{choice} {probability:.3f}" for choice, probability in answer.items())
+        print(answer if len(labels) == 1 else f"{each[0]}: {answer}")
+
+
+def run_caption(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from ..blip3o_core.checkpoints.save import write_text
+    from ..blip3o_core.images import load_image
+
+    paths = picture_paths(arguments.picture)
+    if arguments.write and not arguments.overwrite:
+        paths = [path for path in paths if not path.with_suffix(".txt").exists()]
+    pipeline = open_pipeline(arguments)
+    captions = {}
+    with tqdm(total=len(paths), unit="picture", disable=arguments.quiet or arguments.json) as bar:
+        for start in range(0, len(paths), arguments.batch_size):
+            batch = paths[start : start + arguments.batch_size]
+            written = pipeline.caption(
+                [load_image(path) for path in batch], arguments.style, **answer_options(arguments)
+            )
+            for path, caption in zip(batch, written, strict=True):
+                captions[str(path)] = caption
+                if arguments.write:
+                    write_text(path.with_suffix(".txt"), caption + "\n")
+            bar.update(len(batch))
+    if arguments.json:
+        print(json.dumps(captions, indent=2, ensure_ascii=False))
+    else:
+        for path, caption in captions.items():
+            print(caption if len(captions) == 1 else f"{path}: {caption}")
+
+
+@contextmanager
+def _streaming(arguments: argparse.Namespace, rows: int) -> Iterator[Callable[[int, str], None] | None]:
+    """Print a single answer while it is written; None when several answers or JSON are wanted."""
+    if rows != 1 or arguments.json:
+        yield None
+        return
+    shown = ""
+
+    def on_text(_: int, text: str) -> None:
+        nonlocal shown
+        # A character of several tokens decodes to a replacement sign until it is whole.
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    yield on_text
+    print()

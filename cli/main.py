@@ -1,0 +1,84 @@
+"""The `blip3o` command: draw, ask, caption, vary, inspect, download, convert, verify, check, train, pretrain and score."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from ..blip3o_core.errors import Blip3oError
+from ..lora_training.cli import add_lora
+from ..pretraining.benchmarks import add_benchmark_arguments, run_benchmark
+from ..pretraining.cli import add_eval, add_pretrain, run_eval, run_pretrain
+from .answer import add_ask, add_caption
+from .doctor import add_doctor
+from .draw import add_generate, add_vary
+from .folders import add_convert, add_download, add_info, add_verify
+from .options import command
+
+EXIT_ERROR = 2
+
+
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 verification failed, 2 a user can mend it, 130 interrupted."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run_command(arguments) or 0
+    except Blip3oError as error:
+        print(error, file=sys.stderr)
+        return EXIT_ERROR
+    except OSError as error:
+        print(
+            f"A file cannot be read or written: {error}.\nCheck the path, its permissions and the free space.",
+            file=sys.stderr,
+        )
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blip3o",
+        description="BLIP3-o draws pictures from prompts and answers questions about pictures.",
+        epilog='Without --model the small built-in model is used. "blip3o COMMAND --help" tells more.',
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_generate(commands)
+    add_vary(commands)
+    add_ask(commands)
+    add_caption(commands)
+    add_info(commands)
+    add_download(commands)
+    add_convert(commands)
+    add_verify(commands)
+    add_doctor(commands)
+    add_lora(
+        command(
+            commands, "lora", None, "Teach the model something of your own: train, prove and manage LoRAs."
+        )
+    )
+    add_pretrain(
+        command(
+            commands,
+            "pretrain",
+            run_pretrain,
+            "Train a BLIP3-o, stage by stage; the recipe of the built-in model.",
+        )
+    )
+    add_eval(command(commands, "eval", run_eval, "Score a checkpoint on the scene world."))
+    add_benchmark_arguments(
+        command(
+            commands,
+            "benchmark",
+            run_benchmark,
+            "Draw the pictures of GenEval, DPG-Bench or WISE for their own scorers.",
+        )
+    )
+    return parser
