@@ -12,13 +12,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from comfyui_blip3o.blip3o_core import quantize
-from comfyui_blip3o.blip3o_core.answer_steps import AnswerRecorder, PlainSteps
-from comfyui_blip3o.blip3o_core.compiling import can_compile, record_cuda_graph
+from comfyui_blip3o.blip3o_core.language.answers import AnswerSettings, Turn, continue_rows, encode_chat
+from comfyui_blip3o.blip3o_core.language.prefixes import KeptChat
+from comfyui_blip3o.blip3o_core.language.rows import EncodedRow, PixelLimits
 from comfyui_blip3o.blip3o_core.models.backbone import Backbone
-from comfyui_blip3o.blip3o_core.prefixes import KeptChat
-from comfyui_blip3o.blip3o_core.rows import EncodedRow, PixelLimits
-from comfyui_blip3o.blip3o_core.understanding import AnswerSettings, Turn, continue_rows, encode_chat
+from comfyui_blip3o.blip3o_core.performance import quantize
+from comfyui_blip3o.blip3o_core.performance.recorded_answers import AnswerRecorder, PlainSteps
+from comfyui_blip3o.blip3o_core.performance.recording import can_compile, record_cuda_graph
 from common import Limits, Mode, Row, compare, count_flops, pytorch_products
 from networks import Networks
 from PIL import Image

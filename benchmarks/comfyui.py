@@ -24,10 +24,11 @@ import nodes  # noqa: E402, F401 - ComfyUI's own, before ours can be
 import torch  # noqa: E402
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict  # noqa: E402
-from comfyui_blip3o.blip3o_core.compiling import can_compile  # noqa: E402
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL  # noqa: E402
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT  # noqa: E402
-from comfyui_blip3o.nodes import layers, native_dit, preview  # noqa: E402
+from comfyui_blip3o.blip3o_core.performance.recording import can_compile  # noqa: E402
+from comfyui_blip3o.nodes.native import dit as native_dit
+from comfyui_blip3o.nodes.native import layers, preview  # noqa: E402
 from common import Limits, Mode, compare, count_flops, weight_bytes  # noqa: E402
 from networks import DITS, QUERIES  # noqa: E402
 from torch import Tensor  # noqa: E402

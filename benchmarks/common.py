@@ -98,7 +98,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """Read a large tensor and multiply large matrices."""
     large = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
     bandwidth = large.nbytes / min(_seconds(large.sum, device) for _ in range(10))
-    from comfyui_blip3o.blip3o_core.models.linear import multiply
+    from comfyui_blip3o.blip3o_core.performance.linear import multiply
 
     side = 8192 if device.type == "cuda" else 1024
     with torch.no_grad():
@@ -168,7 +168,7 @@ def count_flops(run: Callable[[], Any]) -> float:
 @contextmanager
 def pytorch_products() -> Iterator[None]:
     """Linear layers multiply as PyTorch does, see models/linear.py."""
-    from comfyui_blip3o.blip3o_core.models import linear
+    from comfyui_blip3o.blip3o_core.performance import linear
 
     with mock.patch.object(linear, "WORTHWHILE_PRODUCTS", math.inf):
         yield

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from comfyui_blip3o.blip3o_core import sampling
-from comfyui_blip3o.blip3o_core.decoding import PixelSettings, decode_features
-from comfyui_blip3o.blip3o_core.memory_plan import PROMPT_TOKENS, QUESTION_TOKENS
-from comfyui_blip3o.blip3o_core.presets import PRESETS
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features
+from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import PROMPT_TOKENS, QUESTION_TOKENS
+from comfyui_blip3o.blip3o_core.drawing import sampling
+from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings, decode_features
+from comfyui_blip3o.blip3o_core.drawing.presets import PRESETS
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features
 from common import ROOT
 from networks import QUERIES, Networks
 from stages import plain_loop

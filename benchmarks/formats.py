@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from comfyui_blip3o.blip3o_core.devices import DTYPE_NAMES
-from comfyui_blip3o.blip3o_core.quantize import FORMATS, quantize_network
+from comfyui_blip3o.blip3o_core.performance.quantize import FORMATS, quantize_network
 from networks import Networks
 from torch import Tensor, nn
 

@@ -107,10 +107,10 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         import lora_concept
         from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
-        from comfyui_blip3o.blip3o_core.metadata import checkpoint_fingerprint
+        from comfyui_blip3o.blip3o_core.picture_files import checkpoint_fingerprint
         from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
         from comfyui_blip3o.lora_training.prompts import DRIFT_SCENES, PRESERVED_SCENES
-        from comfyui_blip3o.pretraining.geneval import CATEGORIES, category_prompts
+        from comfyui_blip3o.pretraining.evaluation.geneval import CATEGORIES, category_prompts
 
         self.arguments = arguments
         self.pipeline = load_pipeline(BUILT_IN_MODEL, device="cpu")
@@ -206,7 +206,7 @@ class Bench:
     def _judge(self, name: str, lora: Path | None) -> dict[str, Any]:
         """Shares of right pictures, with a LoRA or without."""
         import numpy as np
-        from comfyui_blip3o.pretraining.geneval import picture_grid, score_prompts
+        from comfyui_blip3o.pretraining.evaluation.geneval import picture_grid, score_prompts
 
         preset = self.arguments.preset
         self.pipeline.unload_loras()

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comfyui_blip3o.blip3o_core.decoding import PixelSettings
+from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings
+from comfyui_blip3o.blip3o_core.drawing.presets import PRESETS
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings
 from comfyui_blip3o.blip3o_core.images import to_pil
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
-from comfyui_blip3o.blip3o_core.presets import PRESETS
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings
-from comfyui_blip3o.pretraining.checker import check_prompt
-from comfyui_blip3o.pretraining.geneval import CATEGORIES, category_prompts
+from comfyui_blip3o.pretraining.evaluation.geneval import CATEGORIES, category_prompts
+from comfyui_blip3o.pretraining.world.checker import check_prompt
 
 PUBLISHED = PixelSettings()
 PIXELS = {

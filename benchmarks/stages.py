@@ -14,14 +14,20 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from comfyui_blip3o.blip3o_core import prefixes, sampling
-from comfyui_blip3o.blip3o_core.compiling import StepRecorder, can_compile, compile_network, record_cuda_graph
-from comfyui_blip3o.blip3o_core.decoding import PixelSettings, decode_features
-from comfyui_blip3o.blip3o_core.flow import sigma_schedule, whole_timesteps
+from comfyui_blip3o.blip3o_core.drawing import sampling
+from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings, decode_features
+from comfyui_blip3o.blip3o_core.drawing.flow import sigma_schedule, whole_timesteps
+from comfyui_blip3o.blip3o_core.drawing.presets import PRESETS
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features, to_tokens
+from comfyui_blip3o.blip3o_core.language import prefixes
 from comfyui_blip3o.blip3o_core.models.decoder import Decoder
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
-from comfyui_blip3o.blip3o_core.presets import PRESETS
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_tokens
+from comfyui_blip3o.blip3o_core.performance.recording import (
+    StepRecorder,
+    can_compile,
+    compile_network,
+    record_cuda_graph,
+)
 from common import ROOT, Limits, Mode, Row, compare, count_flops, pytorch_products, weight_bytes
 from networks import QUERIES, Networks
 from torch import Tensor

@@ -301,9 +301,9 @@ def look_at_checkpoint(name: str, folder: Path, findings: list[Finding]) -> Chec
     """What a checkpoint can do; adds what is wrong with it to `findings`."""
     free = _free_on_disk(folder)
     try:
+        from .checkpoints.info import describe_checkpoint
         from .checkpoints.layout import open_checkpoint
-        from .info import describe_checkpoint
-        from .memory_plan import USES
+        from .checkpoints.memory_plan import USES
 
         components = describe_checkpoint(open_checkpoint(folder))["components"]
     except (Blip3oError, OSError) as error:

@@ -19,9 +19,11 @@ from .checkpoints.layout import CheckpointFiles, open_checkpoint
 from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder
 from .checkpoints.match import needed_tensors
 from .checkpoints.safetensor_files import read_tensors
-from .compiling import compile_dit, compile_network
-from .decoding import PixelCallback, PixelSettings, decode_features, picture_size
 from .devices import pick_device, pick_dtype
+from .drawing.decoding import PixelCallback, PixelSettings, decode_features, picture_size
+from .drawing.noise import MAX_SEED, PublishedNoise, SeededNoise, item_seeds, seeded_noise
+from .drawing.presets import PRESETS, Generation
+from .drawing.sampling import FeatureSettings, StepCallback, check_range, sample_features
 from .errors import BadInputError
 from .images import (
     fit_size,
@@ -29,24 +31,22 @@ from .images import (
     preprocess_for_image_encoder,
     to_pixels,
 )
-from .lora import LoraFile, check_fit, dit_fingerprint, other_base, read_lora
-from .lora_changes import Change, apply_changes
-from .models.linear import use_onednn
-from .noise import MAX_SEED, PublishedNoise, SeededNoise, item_seeds, seeded_noise
-from .offload import stream_layers, visit
-from .presets import PRESETS, Generation
-from .prompts import SYSTEM_PROMPT, TextTokenizer
-from .quantize import check_format, quantize_network
-from .sampling import FeatureSettings, StepCallback, check_range, sample_features
+from .language.prompts import SYSTEM_PROMPT, TextTokenizer
+from .lora.changes import Change, apply_changes
+from .lora.files import LoraFile, check_fit, dit_fingerprint, other_base, read_lora
+from .performance.linear import use_onednn
+from .performance.offload import stream_layers, visit
+from .performance.quantize import check_format, quantize_network
+from .performance.recording import compile_dit, compile_network
 
 if TYPE_CHECKING:  # transformers and diffusers are imported only when their component is loaded
+    from .language.answers import AnswerSettings, TextCallback, Turn
+    from .language.prefixes import KeptChat
+    from .language.rows import EncodedRow
     from .models.backbone import Backbone
     from .models.decoder import Decoder
     from .models.eva_clip import EvaClip
     from .models.nextdit import NextDiT
-    from .prefixes import KeptChat
-    from .rows import EncodedRow
-    from .understanding import AnswerSettings, TextCallback, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class Blip3oPipeline:
         use_template: bool = True,
     ) -> Tensor:
         """Conditioning (B, Q, C) of prompts; see conditioning.encode_prompts."""
-        from .conditioning import encode_prompts
+        from .language.conditioning import encode_prompts
 
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         with self._on_device("backbone") as backbone:
@@ -560,7 +560,7 @@ class Blip3oPipeline:
             min_pixels, max_pixels: area at which a picture is looked at; more pixels show finer detail and cost time.
             on_text: see understanding.write_answers.
         """
-        from .understanding import Turn
+        from .language.answers import Turn
 
         questions = [questions] if isinstance(questions, str) else list(questions)
         images = [()] * len(questions) if images is None else [tuple(each) for each in images]
@@ -587,7 +587,7 @@ class Blip3oPipeline:
             style: a name in understanding.CAPTION_STYLES.
             options: see ask.
         """
-        from .understanding import CAPTION_STYLES
+        from .language.answers import CAPTION_STYLES
 
         if style not in CAPTION_STYLES:
             raise BadInputError(
@@ -606,9 +606,9 @@ class Blip3oPipeline:
         on_text: TextCallback | None = None,
     ) -> list[str]:
         """The assistant's next answer in each chat; every chat ends with a user's turn."""
-        from .prefixes import KeptChat
-        from .rows import pixel_limits
-        from .understanding import encode_chat, write_answers
+        from .language.answers import encode_chat, write_answers
+        from .language.prefixes import KeptChat
+        from .language.rows import pixel_limits
 
         if not chats:
             raise BadInputError("There is no question to answer.\nGive at least one question or picture.")
@@ -635,7 +635,7 @@ class Blip3oPipeline:
         max_pixels: int | None = None,
     ) -> dict[str, float]:
         """Probability of each choice as the answer, summing to 1."""
-        from .understanding import choice_log_probabilities
+        from .language.answers import choice_log_probabilities
 
         if len(choices) < 2:
             raise BadInputError(f"There are {len(choices)} choices; give at least two.")
@@ -656,7 +656,7 @@ class Blip3oPipeline:
         max_pixels: int | None = None,
     ) -> float:
         """Probability, 0 to 1, that the answer is yes."""
-        from .understanding import yes_probability
+        from .language.answers import yes_probability
 
         row = self._question_row(question, images, min_pixels, max_pixels)
         with self._on_device("backbone") as backbone:
@@ -664,7 +664,7 @@ class Blip3oPipeline:
 
     def score(self, pictures: Sequence[Image.Image], statement: str) -> list[float]:
         """For each picture, the probability, 0 to 1, that it shows the statement."""
-        from .understanding import MATCH_QUESTION
+        from .language.answers import MATCH_QUESTION
 
         question = MATCH_QUESTION.format(statement=statement.strip().rstrip("."))
         return [self.ask_yes_no(question, [picture]) for picture in pictures]
@@ -696,7 +696,7 @@ class Blip3oPipeline:
             if self.compile and name == "dit":
                 compile_dit(network, self.device)
             if self.compile and name == "backbone" and not is_moved:
-                from .answer_steps import record_answers
+                from .performance.recorded_answers import record_answers
 
                 record_answers(network, self.device)
             if self.compile and name == "decoder":
@@ -739,8 +739,8 @@ class Blip3oPipeline:
     def _question_row(
         self, question: str, images: Sequence[Image.Image], min_pixels: int | None, max_pixels: int | None
     ) -> EncodedRow:
-        from .rows import pixel_limits
-        from .understanding import Turn, encode_chat
+        from .language.answers import Turn, encode_chat
+        from .language.rows import pixel_limits
 
         limits = pixel_limits(self.files.folder, min_pixels, max_pixels)
         turns = [Turn("user", question, tuple(images))]

@@ -25,12 +25,12 @@ from transformers import DynamicCache
 
 from .checkpoints.layout import read_json
 from .config import BUILT_IN_MODEL
-from .decoding import PixelSettings
+from .drawing.decoding import PixelSettings
+from .drawing.sampling import FeatureSettings
+from .language.answers import AnswerSettings, Turn, continue_rows, encode_chat
+from .language.prefixes import KeptChat
+from .language.rows import embed_rows, padded_positions, pixel_limits
 from .pipeline import Blip3oPipeline, load_pipeline
-from .prefixes import KeptChat
-from .rows import embed_rows, padded_positions, pixel_limits
-from .sampling import FeatureSettings
-from .understanding import AnswerSettings, Turn, continue_rows, encode_chat
 
 RECORDED = Path(__file__).resolve().parent / "assets" / "self_test.json"
 # In standard deviations. The same numbers from one thread and two, and from SSE4, AVX2 and AVX-512 code, differ by 1.2e-5

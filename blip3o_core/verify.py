@@ -19,14 +19,14 @@ from torch import Tensor
 
 from .checkpoints.layout import open_checkpoint, read_json
 from .checkpoints.load import load_image_encoder
-from .decoding import PixelSettings, decode_features, denoise_latents
+from .drawing.decoding import PixelSettings, decode_features, denoise_latents
+from .drawing.flow import mix, target_velocity, training_sigma
+from .drawing.sampling import FeatureSettings
 from .errors import BadInputError, MissingFilesError
-from .flow import mix, target_velocity, training_sigma
 from .images import load_image, preprocess_for_image_encoder, preprocess_for_prompt
+from .language.answers import AnswerSettings, Turn, continue_rows, encode_chat
+from .language.rows import EncodedRow, embed_rows, encode_picture, padded_positions, pixel_limits
 from .pipeline import Blip3oPipeline, load_pipeline
-from .rows import EncodedRow, embed_rows, encode_picture, padded_positions, pixel_limits
-from .sampling import FeatureSettings
-from .understanding import AnswerSettings, Turn, continue_rows, encode_chat
 
 # Largest absolute difference allowed, in standard deviations of the reference.
 SINGLE_CALL_TOLERANCE = 2e-5

@@ -74,7 +74,7 @@ def add_vary(commands: Any) -> None:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     from ..blip3o_core.images import load_image
-    from ..blip3o_core.metadata import read_description
+    from ..blip3o_core.picture_files import read_description
 
     _check_target(arguments.out)
     like = read_description(arguments.like) if arguments.like else {}
@@ -147,7 +147,7 @@ def run_vary(arguments: argparse.Namespace) -> None:
 
 def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: dict[str, Any]) -> None:
     """The LoRAs of the command line, else those of --like."""
-    from ..blip3o_core.lora import split_strength
+    from ..blip3o_core.lora.files import split_strength
 
     if arguments.lora is not None:
         for text in arguments.lora:
@@ -172,9 +172,9 @@ def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: d
 
 def _settings(arguments: argparse.Namespace, like: dict[str, Any]) -> tuple[Any, Any]:
     """Settings of both stages: the preset's, then those of --like, then what the command line names."""
-    from ..blip3o_core.decoding import PixelSettings
-    from ..blip3o_core.presets import PRESETS
-    from ..blip3o_core.sampling import FeatureSettings, check_choice
+    from ..blip3o_core.drawing.decoding import PixelSettings
+    from ..blip3o_core.drawing.presets import PRESETS
+    from ..blip3o_core.drawing.sampling import FeatureSettings, check_choice
 
     name = given(arguments.preset, like.get("preset", "standard"))
     check_choice("preset", name, list(PRESETS))
@@ -209,7 +209,7 @@ def _settings(arguments: argparse.Namespace, like: dict[str, Any]) -> tuple[Any,
 
 
 def _warn_of_other_checkpoint(pipeline: Blip3oPipeline, like: dict[str, Any]) -> None:
-    from ..blip3o_core.metadata import checkpoint_fingerprint
+    from ..blip3o_core.picture_files import checkpoint_fingerprint
 
     wanted = like.get("checkpoint_hash")
     if wanted and wanted != checkpoint_fingerprint(pipeline.files):
@@ -273,7 +273,7 @@ def _drawing_bars(arguments: argparse.Namespace) -> Iterator[dict[str, Callable[
 
 
 def _save(arguments: argparse.Namespace, pipeline: Blip3oPipeline, generation: Generation) -> None:
-    from ..blip3o_core.metadata import checkpoint_fingerprint, describe_picture, save_png
+    from ..blip3o_core.picture_files import checkpoint_fingerprint, describe_picture, save_png
 
     fingerprint = checkpoint_fingerprint(pipeline.files)
     pictures = generation.pictures

@@ -13,7 +13,7 @@ from .options import built_in_model, command
 
 if TYPE_CHECKING:  # torch takes seconds to import: only commands that compute do so
     from ..blip3o_core.checkpoints.layout import CheckpointFiles
-    from ..blip3o_core.memory_plan import MemoryPlan
+    from ..blip3o_core.checkpoints.memory_plan import MemoryPlan
 
 
 def add_info(commands: Any) -> None:
@@ -83,8 +83,8 @@ def add_verify(commands: Any) -> None:
 
 
 def run_info(arguments: argparse.Namespace) -> None:
+    from ..blip3o_core.checkpoints.info import describe_checkpoint
     from ..blip3o_core.checkpoints.layout import open_checkpoint
-    from ..blip3o_core.info import describe_checkpoint
 
     files = open_checkpoint(arguments.folder or built_in_model())
     plans = _memory_plans(files, arguments.plan) if arguments.plan else []
@@ -93,7 +93,7 @@ def run_info(arguments: argparse.Namespace) -> None:
         return
     description = describe_checkpoint(files)
     if plans:
-        from ..blip3o_core.memory_plan import plan_json
+        from ..blip3o_core.checkpoints.memory_plan import plan_json
 
         description["plans"] = [plan_json(plan) for plan in plans]
     if arguments.json:
@@ -119,7 +119,13 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def _memory_plans(files: CheckpointFiles, size: str) -> list[MemoryPlan]:
     """A plan for every use whose networks are there."""
-    from ..blip3o_core.memory_plan import USES, largest_file, measure_disk, parse_memory, plan_memory
+    from ..blip3o_core.checkpoints.memory_plan import (
+        USES,
+        largest_file,
+        measure_disk,
+        parse_memory,
+        plan_memory,
+    )
 
     budget, speed = parse_memory(size), measure_disk(largest_file(files))
     usable = [use for use, networks in USES.items() if all(map(files.has_component, networks))]
@@ -127,8 +133,8 @@ def _memory_plans(files: CheckpointFiles, size: str) -> list[MemoryPlan]:
 
 
 def run_download(arguments: argparse.Namespace) -> None:
-    from ..blip3o_core.download import plan_download, progress_bars
-    from ..blip3o_core.download import run_download as fetch
+    from ..blip3o_core.hub.download import plan_download, progress_bars
+    from ..blip3o_core.hub.download import run_download as fetch
 
     with progress_bars() as on_check:
         plan = plan_download(
@@ -148,7 +154,7 @@ def run_download(arguments: argparse.Namespace) -> None:
 def run_convert(arguments: argparse.Namespace) -> None:
     import torch
 
-    from ..blip3o_core.convert import convert_folder, convert_pickle
+    from ..blip3o_core.checkpoints.convert import convert_folder, convert_pickle
     from ..blip3o_core.devices import pick_dtype
 
     if arguments.dtype == "auto":

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from ..blip3o_core.errors import Blip3oError
 from ..lora_training.cli import add_lora
-from ..pretraining.benchmarks import add_benchmark_arguments, run_benchmark
 from ..pretraining.cli import add_eval, add_pretrain, run_eval, run_pretrain
+from ..pretraining.evaluation.benchmarks import add_benchmark_arguments, run_benchmark
 from .answer import add_ask, add_caption
 from .doctor import add_doctor
 from .draw import add_generate, add_vary

@@ -161,8 +161,8 @@ def given(value: Any, otherwise: Any) -> Any:
 
 
 def answer_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..blip3o_core.prompts import SYSTEM_PROMPT
-    from ..blip3o_core.understanding import AnswerSettings
+    from ..blip3o_core.language.answers import AnswerSettings
+    from ..blip3o_core.language.prompts import SYSTEM_PROMPT
 
     return {
         "settings": AnswerSettings(

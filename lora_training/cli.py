@@ -279,9 +279,9 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 
 def _look_at_limits(arguments: argparse.Namespace, config: LoraConfig, dataset: Any) -> None:
-    from .cache import open_pipeline
-    from .ceiling import suggest_triggers, trigger_separability
+    from .data.cache import open_pipeline
     from .prompts import drift_prompts
+    from .proof.ceiling import suggest_triggers, trigger_separability
     from .run import ceiling_of
 
     pipeline = open_pipeline(config)
@@ -306,8 +306,8 @@ def _look_at_limits(arguments: argparse.Namespace, config: LoraConfig, dataset: 
 
 
 def run_caption(arguments: argparse.Namespace) -> int:
-    from .cache import open_pipeline
-    from .captioning import caption_dataset
+    from .data.cache import open_pipeline
+    from .data.captioning import caption_dataset
 
     config = _config(arguments)
     with _Watcher(arguments) as watcher:
@@ -327,9 +327,9 @@ def run_caption(arguments: argparse.Namespace) -> int:
 
 
 def run_cache(arguments: argparse.Namespace) -> int:
-    from .cache import cache_keys, collect_garbage, open_pipeline, verify_cache
-    from .dataset import scan_run
-    from .prove import extra_prompts
+    from .data.cache import cache_keys, collect_garbage, open_pipeline, verify_cache
+    from .data.dataset import scan_run
+    from .proof.judge import extra_prompts
     from .run import cache_folder, fill_cache
 
     config = _config(arguments)
@@ -452,7 +452,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
     from PIL import Image, ImageDraw
 
     from ..blip3o_core.pipeline import load_pipeline
-    from .ceiling import GAP, picture_sheet
+    from .proof.ceiling import GAP, picture_sheet
 
     pipeline = load_pipeline(arguments.model or BUILT_IN_MODEL, device=arguments.device)
     columns = []
@@ -482,7 +482,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
-    from .convert import convert_lora
+    from .files.convert import convert_lora
 
     print(
         f"Wrote {convert_lora(arguments.source, arguments.target, arguments.to, checkpoint=_checkpoint(arguments))}"
@@ -490,10 +490,10 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 
 def run_merge(arguments: argparse.Namespace) -> None:
-    from ..blip3o_core.lora import read_lora, split_strength
-    from .convert import base_weights
-    from .files import save_lora
-    from .merge import merge_into_checkpoint, merge_loras
+    from ..blip3o_core.lora.files import read_lora, split_strength
+    from .files.convert import base_weights
+    from .files.merge import merge_into_checkpoint, merge_loras
+    from .files.write import save_lora
 
     loras = [split_strength(text) for text in arguments.loras]
     if arguments.into is not None:
@@ -510,10 +510,10 @@ def run_merge(arguments: argparse.Namespace) -> None:
 
 
 def run_resize(arguments: argparse.Namespace) -> None:
-    from ..blip3o_core.lora import read_lora
-    from .convert import base_weights
-    from .files import save_lora
-    from .merge import resize_lora
+    from ..blip3o_core.lora.files import read_lora
+    from .files.convert import base_weights
+    from .files.merge import resize_lora
+    from .files.write import save_lora
 
     checkpoint = _checkpoint(arguments)
     file, kept = resize_lora(
@@ -526,15 +526,15 @@ def run_resize(arguments: argparse.Namespace) -> None:
 
 
 def run_extract(arguments: argparse.Namespace) -> None:
-    from .files import save_lora
-    from .merge import extract_lora
+    from .files.merge import extract_lora
+    from .files.write import save_lora
 
     file, kept = extract_lora(arguments.base, arguments.tuned, rank=arguments.rank, share=arguments.share)
     print(f"Wrote {save_lora(arguments.out, file.tensors, file.metadata, arguments.dtype)}\n{kept}")
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    from .files import describe, inspect_lora
+    from .files.write import describe, inspect_lora
 
     found = inspect_lora(arguments.lora)
     print(json.dumps(found, indent=2, ensure_ascii=False) if arguments.json else describe(found))

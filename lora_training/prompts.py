@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from ..blip3o_core.prompts import TextTokenizer
+from ..blip3o_core.language.prompts import TextTokenizer
 from .config import LoraConfig
 
 PRESERVED = (

@@ -25,25 +25,24 @@ from torch import Tensor
 
 from ..blip3o_core.checkpoints.safetensor_files import write_safetensors
 from ..blip3o_core.checkpoints.save import write_json, write_text
+from ..blip3o_core.drawing.noise import seeded_noise
+from ..blip3o_core.drawing.sampling import FeatureSettings
 from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError, WrongAdapterError
 from ..blip3o_core.images import to_rgb
-from ..blip3o_core.metadata import FORMAT_VERSION, save_png
-from ..blip3o_core.noise import seeded_noise
+from ..blip3o_core.picture_files import FORMAT_VERSION, save_png
 from ..blip3o_core.pipeline import PUBLISHED_NEGATIVE_PROMPT, Blip3oPipeline
-from ..blip3o_core.sampling import FeatureSettings
-from .adapters import Adapter, attach
-from .cache import CACHE_NAME, cache_conditioning, cache_features, cache_keys, load_data, open_pipeline
-from .ceiling import Ceiling, decode_pictures, measure_ceiling, picture_sheet, separability
 from .check import Report, check
 from .config import LoraConfig, to_tree, to_yaml
-from .convert import convert_lora
-from .crops import choose_views, cut, read_mask
-from .dataset import Dataset, scan_run
-from .files import lora_metadata, lora_tensors, save_lora
-from .fit import FitResult, fit, load_result
-from .plot import EVENTS_NAME, read_history, write_metrics, write_plot
+from .data.cache import CACHE_NAME, cache_conditioning, cache_features, cache_keys, load_data, open_pipeline
+from .data.crops import choose_views, cut, read_mask
+from .data.dataset import Dataset, scan_run
+from .files.convert import convert_lora
+from .files.write import lora_metadata, lora_tensors, save_lora
+from .fit.adapters import Adapter, attach
+from .fit.loop import FitResult, fit, load_result
 from .prompts import drift_prompts
-from .prove import (
+from .proof.ceiling import Ceiling, decode_pictures, measure_ceiling, picture_sheet, separability
+from .proof.judge import (
     Judge,
     Scorecard,
     conditioning_of,
@@ -53,6 +52,8 @@ from .prove import (
     sample_prompts,
     verdicts,
 )
+from .proof.plot import EVENTS_NAME, read_history, write_metrics, write_plot
+from .proof.report import REPORT_NAME, SCORECARD_NAME, write_report
 from .records import (
     PASSING,
     PHASES,
@@ -63,7 +64,6 @@ from .records import (
     StopCheck,
     TrainingData,
 )
-from .report import REPORT_NAME, SCORECARD_NAME, write_report
 
 CONFIG_NAME, DATA_NAME, FINAL = "config.yaml", "data.json", "final"
 CEILING_PICTURES, SHOWN_OTHERS = 6, 2

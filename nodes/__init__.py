@@ -10,7 +10,8 @@ class Blip3oExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         """Check ComfyUI's version, make models/blip3o known, and say whether all is well."""
-        from . import doctor, host
+        from . import doctor
+        from .native import host
 
         host.require_comfyui()
         host.register_model_folder()

@@ -8,7 +8,7 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 
 from ..blip3o_core.doctor import diagnose, start_up_report
-from . import host
+from .native import host
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..blip3o_core.errors import BadInputError
 from ..blip3o_core.units import format_bytes
-from . import host
+from .native import host
 
 CATEGORY = "BLIP3-o/load"
 MODELS = {"BLIP3o-Model-8B": "8b", "BLIP3o-Model-4B": "4b"}
@@ -75,7 +75,7 @@ class Download(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, use: str, action: str, repository: str = "") -> io.NodeOutput:
-        from ..blip3o_core.download import plan_download, run_download
+        from ..blip3o_core.hub.download import plan_download, run_download
 
         repo = repository.strip() if model == OTHER else MODELS[model]
         if not repo:

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..blip3o_core.checkpoints.safetensor_files import write_safetensors
+from ..blip3o_core.drawing.sampling import to_grid
 from ..blip3o_core.errors import BadInputError
 from ..blip3o_core.images import to_pil
-from ..blip3o_core.sampling import to_grid
-from . import host
-from .sockets import ImageEncoderHandle, ImageEncoderType, feature_grid, features_latent
-from .widgets import parse_weights
+from .native import host
+from .native.sockets import ImageEncoderHandle, ImageEncoderType, feature_grid, features_latent
+from .native.widgets import parse_weights
 
 CATEGORY = "BLIP3-o/feature lab"
 FILE_SUFFIX = ".features.safetensors"

@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from .drawing import (
+from .native.drawing import (
     MAX_SEED,
     PUBLISHED,
     Conditioning,
@@ -23,7 +23,7 @@ from .drawing import (
     run_decoder,
     run_dit,
 )
-from .sockets import BackboneHandle, BackboneType, feature_grid, features_latent
+from .native.sockets import BackboneHandle, BackboneType, feature_grid, features_latent
 
 CATEGORY = "BLIP3-o/generate"
 MAX_SIDE = 4096

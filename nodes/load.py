@@ -13,18 +13,13 @@ from comfy_api.latest import io
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.load import load_backbone, load_image_encoder
 from ..blip3o_core.checkpoints.match import describe_left_out, needed_tensors
+from ..blip3o_core.checkpoints.memory_plan import USES, largest_file, measure_disk, network_bytes
 from ..blip3o_core.errors import Blip3oError
-from ..blip3o_core.memory_plan import (
-    USES,
-    largest_file,
-    measure_disk,
-    network_bytes,
-)
 from ..blip3o_core.units import format_bytes
-from . import host, layers, lora
-from .native_decoder import load_decoder_patcher, load_vae
-from .native_dit import load_dit_patcher
-from .sockets import BackboneHandle, BackboneType, ImageEncoderHandle, ImageEncoderType
+from .native import host, layers, lora
+from .native.decoder import load_decoder_patcher, load_vae
+from .native.dit import load_dit_patcher
+from .native.sockets import BackboneHandle, BackboneType, ImageEncoderHandle, ImageEncoderType
 
 CATEGORY = "BLIP3-o/load"
 OWN_DECODER = "of the checkpoint"

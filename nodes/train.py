@@ -7,10 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_training.config import preset_names
-from . import host
 from .load import validate_checkpoint
-from .sockets import DatasetType, RunType, TrainingPictures, TrainingSettingsType
-from .training_runs import train_lora, training_settings
+from .native import host
+from .native.sockets import DatasetType, RunType, TrainingPictures, TrainingSettingsType
+from .training.runs import train_lora, training_settings
 
 CATEGORY = "BLIP3-o/train"
 AS_PRESET = "as the preset"

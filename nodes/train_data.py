@@ -9,9 +9,9 @@ import comfy.sd
 from comfy_api.latest import io, ui
 
 from ..blip3o_core.images import from_pil
-from . import host
-from .drawing import MAX_SEED, Patcher
-from .sockets import (
+from .native import host
+from .native.drawing import MAX_SEED, Patcher
+from .native.sockets import (
     BackboneHandle,
     BackboneType,
     DatasetType,
@@ -20,7 +20,7 @@ from .sockets import (
     TrainingPictures,
     features_latent,
 )
-from .training_data import (
+from .training.data import (
     HOLDOUT,
     caption_pictures,
     ceiling_and_trigger,
@@ -29,7 +29,7 @@ from .training_data import (
     encode_training_set,
     look_at_dataset,
 )
-from .training_folders import EXAMPLE, find_dataset, list_datasets
+from .training.folders import EXAMPLE, find_dataset, list_datasets
 
 CATEGORY = "BLIP3-o/train"
 

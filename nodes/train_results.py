@@ -9,12 +9,12 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..blip3o_core.images import from_pil
-from . import host
-from . import lora as lora_files
-from .drawing import MAX_SEED, Patcher
-from .lora_models import convert_lora, merge_loras, open_lora, save_lora
-from .sockets import BackboneHandle, BackboneType, RunType, TrainingRun
-from .training_results import compare_strengths, plot_runs
+from .native import host
+from .native import lora as lora_files
+from .native.drawing import MAX_SEED, Patcher
+from .native.sockets import BackboneHandle, BackboneType, RunType, TrainingRun
+from .training.lora_files import convert_lora, merge_loras, open_lora, save_lora
+from .training.results import compare_strengths, plot_runs
 
 CATEGORY = "BLIP3-o/train"
 MAX_LORAS = 8

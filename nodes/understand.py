@@ -13,10 +13,17 @@ from torch import Tensor
 from ..blip3o_core.errors import BadInputError
 from ..blip3o_core.images import to_pil
 from ..blip3o_core.pipeline import SYSTEM_PROMPT
-from . import host
-from .answers import answer_settings, ask_each, join_answers, parse_choices, question_turn, require_pictures
-from .drawing import MAX_SEED
-from .sockets import BackboneHandle, BackboneType, Chat, ChatType
+from .native import host
+from .native.answers import (
+    answer_settings,
+    ask_each,
+    join_answers,
+    parse_choices,
+    question_turn,
+    require_pictures,
+)
+from .native.drawing import MAX_SEED
+from .native.sockets import BackboneHandle, BackboneType, Chat, ChatType
 
 CATEGORY = "BLIP3-o/understand"
 DEFAULT_MAX_PIXELS = 1280 * 28 * 28
@@ -232,7 +239,7 @@ class Caption(io.ComfyNode):
         prefix: str = "",
         **sampling: Any,
     ) -> io.NodeOutput:
-        from ..blip3o_core.understanding import CAPTION_STYLES as instructions
+        from ..blip3o_core.language.answers import CAPTION_STYLES as instructions
 
         wording = instruction.strip() or instructions[style]
         answers = ask_each(
@@ -293,7 +300,7 @@ class ChatNode(io.ComfyNode):
         chat: Chat | None = None,
         **sampling: Any,
     ) -> io.NodeOutput:
-        from ..blip3o_core.understanding import Turn
+        from ..blip3o_core.language.answers import Turn
 
         if not message.strip():
             raise BadInputError("The message is empty.\nWrite what you want to say.")

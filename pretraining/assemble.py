@@ -14,9 +14,9 @@ from ..blip3o_core.models.backbone import Backbone
 from ..blip3o_core.models.decoder import Decoder
 from ..blip3o_core.models.eva_clip import EvaClip
 from ..blip3o_core.models.nextdit import NextDiT
-from .scenes import SIDE
 from .stages.understanding import MERGE, PATCH
-from .vocabulary import tokenizer_files
+from .world.scenes import SIDE
+from .world.vocabulary import tokenizer_files
 
 
 def to_backbone(qwen: nn.Module, latent_queries: nn.Parameter, config: dict[str, Any]) -> Backbone:

@@ -127,7 +127,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..blip3o_core.pipeline import load_pipeline
-    from .scores import evaluate, to_markdown
+    from .evaluation.scores import evaluate, to_markdown
 
     pipeline = load_pipeline(arguments.model, device=arguments.device)
     bars: dict[str, Any] = {}
@@ -179,7 +179,7 @@ def _train(recipe: Any, stage: str, arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..blip3o_core.errors import TrainingDataError
-    from .gates import measure
+    from .evaluation.gates import measure
     from .loss_plot import plot_log
     from .trainer import train_stage
 
@@ -212,7 +212,7 @@ def _train(recipe: Any, stage: str, arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) -> int:
-    from .compare import check_rows, compare, comparison_rows, to_markdown
+    from .evaluation.compare import check_rows, compare, comparison_rows, to_markdown
 
     rows = check_rows(comparison_rows(arguments.table), arguments.rows)
     for config in rows.values():

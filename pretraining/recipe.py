@@ -24,9 +24,6 @@ from ..blip3o_core.models.decoder import Decoder
 from ..blip3o_core.models.eva_clip import EvaClip
 from ..blip3o_core.models.nextdit import NextDiT
 from .assemble import to_backbone, write_checkpoint
-from .captions import draw_caption
-from .pool import ScenePool, draw_singles, load_pool
-from .scenes import SIDE, Scenes
 from .stages import encoder as encoder_stage
 from .stages import generation as generation_stage
 from .stages.decoder import (
@@ -58,7 +55,10 @@ from .stages.understanding import (
 )
 from .stages.vae import VaeStage, build_vae, vae_batches
 from .trainer import Batch, LoopConfig, load_trained
-from .vocabulary import WordIds
+from .world.captions import draw_caption
+from .world.pool import ScenePool, draw_singles, load_pool
+from .world.scenes import SIDE, Scenes
+from .world.vocabulary import WordIds
 
 EARLIER = ("encoder", "vae", "decoder", "understanding")
 STAGES = (*EARLIER, "generation", "tuning")

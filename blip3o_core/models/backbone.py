@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 if TYPE_CHECKING:
-    from ..answer_steps import AnswerRecorder
+    from ..performance.recorded_answers import AnswerRecorder
 
 TEXT_FIELDS = (
     "hidden_size",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import NextDiTConfig
 
 if TYPE_CHECKING:
-    from ..compiling import StepRecorder
+    from ..performance.recording import StepRecorder
 
 TIMESTEP_FREQUENCIES = 256
 MAX_PERIOD = 10_000.0

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ...blip3o_core.images import CLIP_MEAN, CLIP_STD
-from ..pool import ScenePool, rows_of_step, save_array
 from ..trainer import Batch
+from ..world.pool import ScenePool, rows_of_step, save_array
 
 SCHEDULER_CONFIG = {
     "_class_name": "EulerDiscreteScheduler",

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ...blip3o_core.images import CLIP_MEAN, CLIP_STD
 from ...blip3o_core.models.eva_clip import EvaClip
-from ..pool import ScenePool, rows_of_step
-from ..scenes import SIDE, Scenes
 from ..trainer import Batch
+from ..world.pool import ScenePool, rows_of_step
+from ..world.scenes import SIDE, Scenes
 
 GRID = 8
 CELL = SIDE // GRID

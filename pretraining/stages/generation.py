@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...blip3o_core.drawing.flow import TRAIN_TIMESTEPS, mix, target_velocity, training_sigma
+from ...blip3o_core.drawing.sampling import check_choice, check_range, to_grid
 from ...blip3o_core.errors import BadInputError
-from ...blip3o_core.flow import TRAIN_TIMESTEPS, mix, target_velocity, training_sigma
 from ...blip3o_core.models.nextdit import NextDiT
-from ...blip3o_core.sampling import check_choice, check_range, to_grid
-from ..pool import ScenePool, rows_of_step, save_array
-from ..scenes import Scenes
 from ..trainer import Batch
-from ..vocabulary import WordIds
+from ..world.pool import ScenePool, rows_of_step, save_array
+from ..world.scenes import Scenes
+from ..world.vocabulary import WordIds
 from .encoder import GRID
 from .understanding import UnderstandingStage, draw_prompt, picture_batch, prompt_rows
 

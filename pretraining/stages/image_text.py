@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ...blip3o_core.checkpoints.save import save_checkpoint
-from ...blip3o_core.flow import TRAIN_TIMESTEPS
+from ...blip3o_core.drawing.flow import TRAIN_TIMESTEPS
 from ...blip3o_core.images import preprocess_for_image_encoder
-from ...blip3o_core.prompts import generation_text
+from ...blip3o_core.language.prompts import generation_text
 from ..data_sources import SampleStream
 from ..trainer import Batch, load_trained
 from .generation import OBJECTIVES, velocity_error
 
 if TYPE_CHECKING:
+    from ...blip3o_core.language.prompts import TextTokenizer
     from ...blip3o_core.pipeline import Blip3oPipeline
-    from ...blip3o_core.prompts import TextTokenizer
 
 
 class ImageTextStage(nn.Module):

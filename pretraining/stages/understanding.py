@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...blip3o_core.images import CLIP_MEAN, CLIP_STD
-from ...blip3o_core.prompts import IMAGE_PAD, VISION_END, Message, chat_text, generation_text
-from ..captions import (
+from ...blip3o_core.language.prompts import IMAGE_PAD, VISION_END, Message, chat_text, generation_text
+from ..trainer import Batch
+from ..world.captions import (
     Question,
     canonical_caption,
     caption_is_held_out,
@@ -34,10 +35,9 @@ from ..captions import (
     draw_questions,
     match_question,
 )
-from ..pool import ScenePool, rows_of_step
-from ..scenes import COLOURS, KINDS, Scenes, place
-from ..trainer import Batch
-from ..vocabulary import WordIds
+from ..world.pool import ScenePool, rows_of_step
+from ..world.scenes import COLOURS, KINDS, Scenes, place
+from ..world.vocabulary import WordIds
 from .encoder import CODE_SLICES, CODE_WIDTH, GRID, owners, semantic_code
 
 PATCH = 16

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pool import ScenePool, rows_of_step
 from ..trainer import Batch
+from ..world.pool import ScenePool, rows_of_step
 
 
 class VaeStage(nn.Module):

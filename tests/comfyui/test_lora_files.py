@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core.lora import LoraFile
-from comfyui_blip3o.lora_training.convert import save_as
-from comfyui_blip3o.lora_training.files import save_lora
+from comfyui_blip3o.blip3o_core.lora.files import LoraFile
+from comfyui_blip3o.lora_training.files.convert import save_as
+from comfyui_blip3o.lora_training.files.write import save_lora
 from comfyui_server import COMFYUI, ROOT, comfyui_python
 from lora_files import KINDS, open_pipeline, trained, velocity
 from safetensors.torch import load_file

@@ -85,7 +85,7 @@ def test_every_workflow_is_judged():
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_the_pictures_show_what_was_asked_for(server: Server, runs: dict[str, Any], name: str):
-    from comfyui_blip3o.pretraining.checker import look
+    from comfyui_blip3o.pretraining.world.checker import look
 
     for what, kind, colour in PICTURES[name]:
         found = pictures(server, *runs[name], what)

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core import answer_steps, understanding
-from comfyui_blip3o.blip3o_core.answer_steps import AnswerRecorder
-from comfyui_blip3o.blip3o_core.compiling import can_compile
+from comfyui_blip3o.blip3o_core.language import answers as understanding
+from comfyui_blip3o.blip3o_core.language.answers import AnswerSettings, Turn, continue_rows, encode_chat
+from comfyui_blip3o.blip3o_core.language.prompts import TextTokenizer
+from comfyui_blip3o.blip3o_core.language.rows import EncodedRow, PixelLimits
+from comfyui_blip3o.blip3o_core.performance import recorded_answers as answer_steps
+from comfyui_blip3o.blip3o_core.performance.recorded_answers import AnswerRecorder
+from comfyui_blip3o.blip3o_core.performance.recording import can_compile
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.blip3o_core.prompts import TextTokenizer
-from comfyui_blip3o.blip3o_core.rows import EncodedRow, PixelLimits
-from comfyui_blip3o.blip3o_core.understanding import AnswerSettings, Turn, continue_rows, encode_chat
 from recordings import Recordings
 from torch import Tensor
 

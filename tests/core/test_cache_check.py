@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from comfyui_blip3o.blip3o_core import cache_check
-from comfyui_blip3o.blip3o_core.cache_check import require_working_cache
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_backbone
 from comfyui_blip3o.blip3o_core.errors import Blip3oError
+from comfyui_blip3o.blip3o_core.language import cache_check
+from comfyui_blip3o.blip3o_core.language.cache_check import require_working_cache
 from comfyui_blip3o.blip3o_core.models import backbone as module
 
 

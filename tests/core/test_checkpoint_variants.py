@@ -13,12 +13,12 @@ import pytest
 import tiny_models
 import torch
 from comfyui_blip3o.blip3o_core.checkpoints import match
+from comfyui_blip3o.blip3o_core.checkpoints.info import describe_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.layout import is_checkpoint_folder, open_checkpoint
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings
 from comfyui_blip3o.blip3o_core.errors import Blip3oError, MissingFilesError, WrongCheckpointError
-from comfyui_blip3o.blip3o_core.info import describe_checkpoint
+from comfyui_blip3o.blip3o_core.language.answers import AnswerSettings
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings
-from comfyui_blip3o.blip3o_core.understanding import AnswerSettings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

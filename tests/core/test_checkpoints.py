@@ -13,6 +13,8 @@ import pytest
 import tiny_models
 import torch
 from comfyui_blip3o.blip3o_core.checkpoints import safetensor_files, save
+from comfyui_blip3o.blip3o_core.checkpoints.convert import convert_folder, convert_pickle
+from comfyui_blip3o.blip3o_core.checkpoints.info import describe_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.keys import to_component_key, to_published_key
 from comfyui_blip3o.blip3o_core.checkpoints.layout import is_checkpoint_folder, open_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.load import (
@@ -27,14 +29,12 @@ from comfyui_blip3o.blip3o_core.checkpoints.safetensor_files import (
     stream_safetensors,
     write_safetensors,
 )
-from comfyui_blip3o.blip3o_core.convert import convert_folder, convert_pickle
 from comfyui_blip3o.blip3o_core.errors import (
     BadInputError,
     Blip3oError,
     MissingFilesError,
     WrongCheckpointError,
 )
-from comfyui_blip3o.blip3o_core.info import describe_checkpoint
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from reference_set import COMPACT
 from safetensors import safe_open

@@ -10,13 +10,12 @@ import pytest
 import tiny_models
 import torch
 from comfyui_blip3o import cli
-from comfyui_blip3o.cli import options
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_dit
-from comfyui_blip3o.blip3o_core.metadata import read_description
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings
+from comfyui_blip3o.blip3o_core.picture_files import read_description
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings
-from comfyui_blip3o.cli import main
+from comfyui_blip3o.cli import main, options
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -76,7 +75,7 @@ def test_generate_draws_what_the_pipeline_draws(
     out = tmp_path / "a.png"
     arguments = ["--seed", "5", "--cfg", "2", "--sampler", "heun", "--pixel-sampler", "dpmpp_2m"]
     assert main(["generate", "red", "-o", str(out), *arguments, *QUICK, *model]) == 0
-    from comfyui_blip3o.blip3o_core.decoding import PixelSettings
+    from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings
 
     expected = pipeline.generate(
         "red",
@@ -154,8 +153,8 @@ def test_like_draws_every_picture_of_a_batch_again(
 def test_like_keeps_a_negative_seed_that_python_chose(
     model: list[str], tmp_path: Path, pipeline: Blip3oPipeline
 ) -> None:
-    from comfyui_blip3o.blip3o_core.decoding import PixelSettings
-    from comfyui_blip3o.blip3o_core.metadata import describe_picture, save_png
+    from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings
+    from comfyui_blip3o.blip3o_core.picture_files import describe_picture, save_png
 
     made = pipeline.generate(
         "red",
@@ -237,7 +236,7 @@ def test_ask_prints_the_answer_as_it_comes(
     model: list[str], picture: str, capsys: pytest.CaptureFixture[str], pipeline: Blip3oPipeline
 ) -> None:
     assert main(["ask", "What is this ?", picture, "--max-tokens", "5", *model]) == 0
-    from comfyui_blip3o.blip3o_core.understanding import AnswerSettings
+    from comfyui_blip3o.blip3o_core.language.answers import AnswerSettings
 
     expected = pipeline.ask(
         "What is this ?", [[Image.open(picture)]], settings=AnswerSettings(max_new_tokens=5)

@@ -9,15 +9,20 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core import compiling
 from comfyui_blip3o.blip3o_core import pipeline as pipeline_module
-from comfyui_blip3o.blip3o_core.answer_steps import AnswerRecorder
-from comfyui_blip3o.blip3o_core.compiling import StepRecorder, can_compile, compile_dit, compile_network
-from comfyui_blip3o.blip3o_core.decoding import PixelSettings, decode_features
-from comfyui_blip3o.blip3o_core.models import linear
+from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings, decode_features
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
+from comfyui_blip3o.blip3o_core.performance import linear
+from comfyui_blip3o.blip3o_core.performance import recording as compiling
+from comfyui_blip3o.blip3o_core.performance.recorded_answers import AnswerRecorder
+from comfyui_blip3o.blip3o_core.performance.recording import (
+    StepRecorder,
+    can_compile,
+    compile_dit,
+    compile_network,
+)
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features
 from recordings import Recordings
 from torch import Tensor
 

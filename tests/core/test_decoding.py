@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core.decoding import (
+from comfyui_blip3o.blip3o_core.drawing.decoding import (
     PIXEL_SAMPLERS,
     PixelSettings,
     decode_features,

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from comfyui_blip3o.blip3o_core import download
-from comfyui_blip3o.blip3o_core import hub as hub_module
-from comfyui_blip3o.blip3o_core.download import plan_download, progress_bars, resolve_repo, run_download
 from comfyui_blip3o.blip3o_core.errors import (
     BadInputError,
     Blip3oError,
     MissingFilesError,
     WrongCheckpointError,
 )
-from comfyui_blip3o.blip3o_core.needed_files import IMAGE_ENCODER_REPO
+from comfyui_blip3o.blip3o_core.hub import client as hub_module
+from comfyui_blip3o.blip3o_core.hub import download
+from comfyui_blip3o.blip3o_core.hub.download import plan_download, progress_bars, resolve_repo, run_download
+from comfyui_blip3o.blip3o_core.hub.needed_files import IMAGE_ENCODER_REPO
 from comfyui_blip3o.blip3o_core.units import format_bytes
 from fake_hub import SHARD_BYTES, FakeRepo, noise, published_repo, running_hub, single_file_repo
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from comfyui_blip3o.blip3o_core.flow import (
+from comfyui_blip3o.blip3o_core.drawing.flow import (
     mix,
     sigma_schedule,
     target_velocity,

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core import sampling
-from comfyui_blip3o.blip3o_core.models import fused_dit, linear
-from comfyui_blip3o.blip3o_core.models.fused_dit import FusedDiT, can_fuse
+from comfyui_blip3o.blip3o_core.drawing import sampling
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features
+from comfyui_blip3o.blip3o_core.performance import fused_dit, linear
+from comfyui_blip3o.blip3o_core.performance.fused_dit import FusedDiT, can_fuse
 from torch import Tensor
 
 GRID = (4, 4)

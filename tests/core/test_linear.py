@@ -6,9 +6,9 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from comfyui_blip3o.blip3o_core.decoding import PixelSettings
-from comfyui_blip3o.blip3o_core.models import linear
-from comfyui_blip3o.blip3o_core.models.linear import OneDNNLinear, has_onednn, multiply, use_onednn
+from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings
+from comfyui_blip3o.blip3o_core.performance import linear
+from comfyui_blip3o.blip3o_core.performance.linear import OneDNNLinear, has_onednn, multiply, use_onednn
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

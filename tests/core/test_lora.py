@@ -9,8 +9,10 @@ import pytest
 import tiny_models
 import torch
 from comfyui_blip3o import cli
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings
 from comfyui_blip3o.blip3o_core.errors import MissingFilesError, WrongAdapterError
-from comfyui_blip3o.blip3o_core.lora import (
+from comfyui_blip3o.blip3o_core.lora.changes import CANONICAL, KOHYA, Change, place, split_key
+from comfyui_blip3o.blip3o_core.lora.files import (
     LoraFile,
     check_fit,
     dit_fingerprint,
@@ -18,10 +20,8 @@ from comfyui_blip3o.blip3o_core.lora import (
     read_lora,
     split_strength,
 )
-from comfyui_blip3o.blip3o_core.lora_changes import CANONICAL, KOHYA, Change, place, split_key
-from comfyui_blip3o.blip3o_core.metadata import read_description
+from comfyui_blip3o.blip3o_core.picture_files import read_description
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

@@ -8,9 +8,7 @@ import torch
 from comfyui_blip3o.blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_backbone, load_decoder, load_dit
 from comfyui_blip3o.blip3o_core.checkpoints.match import needed_tensors
-from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
-from comfyui_blip3o.blip3o_core.errors import BadInputError
-from comfyui_blip3o.blip3o_core.memory_plan import (
+from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import (
     WAYS,
     Way,
     measure_disk,
@@ -19,7 +17,9 @@ from comfyui_blip3o.blip3o_core.memory_plan import (
     plan_json,
     plan_memory,
 )
-from comfyui_blip3o.blip3o_core.quantize import FORMATS, quantize_network
+from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
+from comfyui_blip3o.blip3o_core.errors import BadInputError
+from comfyui_blip3o.blip3o_core.performance.quantize import FORMATS, quantize_network
 from comfyui_blip3o.blip3o_core.units import GIB
 from comfyui_blip3o.cli import build_parser, main
 from published_shapes import write_published_shapes

@@ -7,10 +7,12 @@ import pytest
 import tiny_models
 import torch
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
-from comfyui_blip3o.blip3o_core.decoding import PixelSettings
+from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings
+from comfyui_blip3o.blip3o_core.drawing.presets import Generation
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings
 from comfyui_blip3o.blip3o_core.errors import BadInputError
-from comfyui_blip3o.blip3o_core.lora import dit_fingerprint
-from comfyui_blip3o.blip3o_core.metadata import (
+from comfyui_blip3o.blip3o_core.lora.files import dit_fingerprint
+from comfyui_blip3o.blip3o_core.picture_files import (
     PNG_KEY,
     checkpoint_fingerprint,
     component_fingerprint,
@@ -19,8 +21,6 @@ from comfyui_blip3o.blip3o_core.metadata import (
     save_png,
 )
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
-from comfyui_blip3o.blip3o_core.presets import Generation
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 

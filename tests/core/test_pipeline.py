@@ -13,14 +13,14 @@ import pytest
 import tiny_models
 import torch
 from comfyui_blip3o.blip3o_core import pipeline as pipeline_module
-from comfyui_blip3o.blip3o_core.decoding import PixelSettings
 from comfyui_blip3o.blip3o_core.devices import pick_device, pick_dtype
+from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings
+from comfyui_blip3o.blip3o_core.drawing.noise import seeded_noise
+from comfyui_blip3o.blip3o_core.drawing.presets import PRESETS
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings
 from comfyui_blip3o.blip3o_core.errors import BadInputError, MissingFilesError
 from comfyui_blip3o.blip3o_core.images import from_pil, to_pixels
-from comfyui_blip3o.blip3o_core.noise import seeded_noise
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.blip3o_core.presets import PRESETS
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings
 from torch import Tensor
 
 PROMPTS = [

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core import prefixes, understanding
+from comfyui_blip3o.blip3o_core.language import answers as understanding
+from comfyui_blip3o.blip3o_core.language import prefixes
+from comfyui_blip3o.blip3o_core.language.answers import AnswerSettings, Turn
+from comfyui_blip3o.blip3o_core.language.prefixes import cached_layers, common_length, move_cache, split_row
+from comfyui_blip3o.blip3o_core.language.rows import EncodedRow
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.blip3o_core.prefixes import cached_layers, common_length, move_cache, split_row
-from comfyui_blip3o.blip3o_core.rows import EncodedRow
-from comfyui_blip3o.blip3o_core.understanding import AnswerSettings, Turn
 from transformers import DynamicCache
 
 PAD, MERGE = 9, 2

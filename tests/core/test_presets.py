@@ -3,9 +3,9 @@
 import pytest
 import torch
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
+from comfyui_blip3o.blip3o_core.drawing.presets import PRESETS
 from comfyui_blip3o.blip3o_core.images import to_pil
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
-from comfyui_blip3o.blip3o_core.presets import PRESETS
 
 PROMPTS = ["a red circle left of a blue square", "two green triangles"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 from comfyui_blip3o.blip3o_core.errors import BadInputError, MissingFilesError, WrongCheckpointError
-from comfyui_blip3o.blip3o_core.prompts import (
+from comfyui_blip3o.blip3o_core.language.prompts import (
     Message,
     TextTokenizer,
     chat_text,

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core import quantize as module
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.errors import BadInputError
-from comfyui_blip3o.blip3o_core.models.fused_dit import can_fuse
-from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
-from comfyui_blip3o.blip3o_core.quantize import (
+from comfyui_blip3o.blip3o_core.performance import quantize as module
+from comfyui_blip3o.blip3o_core.performance.fused_dit import can_fuse
+from comfyui_blip3o.blip3o_core.performance.quantize import (
     FORMATS,
     NF4_LEVELS,
     QuantizedLinear,
@@ -20,6 +19,7 @@ from comfyui_blip3o.blip3o_core.quantize import (
     quantize,
     quantize_network,
 )
+from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

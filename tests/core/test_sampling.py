@@ -6,15 +6,15 @@ from collections.abc import Callable
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core.errors import BadInputError
-from comfyui_blip3o.blip3o_core.flow import mix, sigma_schedule
-from comfyui_blip3o.blip3o_core.sampling import (
+from comfyui_blip3o.blip3o_core.drawing.flow import mix, sigma_schedule
+from comfyui_blip3o.blip3o_core.drawing.sampling import (
     FEATURE_SAMPLERS,
     FeatureSettings,
     sample_features,
     to_grid,
     to_tokens,
 )
+from comfyui_blip3o.blip3o_core.errors import BadInputError
 from torch import Tensor
 
 SHAPE = (2, 3, 4, 4)

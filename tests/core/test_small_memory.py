@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core import offload
 from comfyui_blip3o.blip3o_core.errors import Blip3oError
+from comfyui_blip3o.blip3o_core.performance import offload
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 
 CPU = torch.device("cpu")

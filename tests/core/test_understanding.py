@@ -10,10 +10,7 @@ import tiny_models
 import torch
 from comfyui_blip3o.blip3o_core.checkpoints.keys import to_published_key
 from comfyui_blip3o.blip3o_core.errors import BadInputError
-from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.blip3o_core.prompts import TextTokenizer
-from comfyui_blip3o.blip3o_core.rows import EncodedRow, PixelLimits, pixel_limits, rope_positions
-from comfyui_blip3o.blip3o_core.understanding import (
+from comfyui_blip3o.blip3o_core.language.answers import (
     CAPTION_STYLES,
     MATCH_QUESTION,
     AnswerSettings,
@@ -22,6 +19,9 @@ from comfyui_blip3o.blip3o_core.understanding import (
     continue_rows,
     encode_chat,
 )
+from comfyui_blip3o.blip3o_core.language.prompts import TextTokenizer
+from comfyui_blip3o.blip3o_core.language.rows import EncodedRow, PixelLimits, pixel_limits, rope_positions
+from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
 from originals import published_qwen_key, qwen_inputs, qwen_model
 from PIL import Image
 from torch import Tensor

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.match import needed_tensors
-from comfyui_blip3o.blip3o_core.download import DownloadPlan, PlannedFile
-from comfyui_blip3o.blip3o_core.hub import RemoteFile
-from comfyui_blip3o.blip3o_core.memory_plan import parse_memory
+from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import parse_memory
+from comfyui_blip3o.blip3o_core.hub.client import RemoteFile
+from comfyui_blip3o.blip3o_core.hub.download import DownloadPlan, PlannedFile
 from comfyui_blip3o.blip3o_core.units import format_bytes
 from comfyui_blip3o.cli import main
 from published_shapes import write_published_shapes

@@ -21,7 +21,7 @@ spec.loader.exec_module(package)
 import torch
 from comfyui_blip3o.blip3o_core.checkpoints.save import save_checkpoint
 from comfyui_blip3o.blip3o_core.config import NextDiTConfig
-from comfyui_blip3o.blip3o_core.convert import convert_pickle
+from comfyui_blip3o.blip3o_core.checkpoints.convert import convert_pickle
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 
 def own():

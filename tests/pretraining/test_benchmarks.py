@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comfyui_blip3o.blip3o_core.drawing.presets import Generation
 from comfyui_blip3o.blip3o_core.errors import BadInputError, MissingFilesError
-from comfyui_blip3o.blip3o_core.metadata import read_description
-from comfyui_blip3o.blip3o_core.presets import Generation
-from comfyui_blip3o.pretraining.benchmarks import main, read_tasks, write_benchmark_images
+from comfyui_blip3o.blip3o_core.picture_files import read_description
+from comfyui_blip3o.pretraining.evaluation.benchmarks import main, read_tasks, write_benchmark_images
 from PIL import Image
 from tiny_models import write_checkpoint
 
@@ -313,7 +313,7 @@ def test_numbers_that_cannot_be_are_refused(pipeline: FakePipeline, wise: Path, 
 def test_the_parser_of_the_command_needs_no_torch():
     code = (
         f"import sys, argparse; sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r}); import conftest;"
-        "from comfyui_blip3o.pretraining.benchmarks import add_benchmark_arguments;"
+        "from comfyui_blip3o.pretraining.evaluation.benchmarks import add_benchmark_arguments;"
         "add_benchmark_arguments(argparse.ArgumentParser());"
         "print([m for m in ('torch', 'PIL', 'numpy') if m in sys.modules])"
     )

@@ -1,7 +1,8 @@
 """What is said about scenes is true, and held-out wordings stay held out."""
 
 import numpy as np
-from comfyui_blip3o.pretraining.captions import (
+from comfyui_blip3o.pretraining.evaluation.geneval import CATEGORIES, category_prompts
+from comfyui_blip3o.pretraining.world.captions import (
     canonical_caption,
     caption_is_held_out,
     draw_caption,
@@ -9,9 +10,8 @@ from comfyui_blip3o.pretraining.captions import (
     match_question,
     scene_objects,
 )
-from comfyui_blip3o.pretraining.geneval import CATEGORIES, category_prompts
-from comfyui_blip3o.pretraining.scenes import RELATIONS, draw_scenes
-from comfyui_blip3o.pretraining.vocabulary import WordIds, build_tokenizer
+from comfyui_blip3o.pretraining.world.scenes import RELATIONS, draw_scenes
+from comfyui_blip3o.pretraining.world.vocabulary import WordIds, build_tokenizer
 
 SCENES = draw_scenes(400, 31, held_out=None)
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from comfyui_blip3o.pretraining.captions import Request, Thing, corrupt, draw_caption_and_request
-from comfyui_blip3o.pretraining.checker import (
+from comfyui_blip3o.pretraining.world.captions import Request, Thing, corrupt, draw_caption_and_request
+from comfyui_blip3o.pretraining.world.checker import (
     check_prompt,
     check_report,
     components,
@@ -11,7 +11,7 @@ from comfyui_blip3o.pretraining.checker import (
     loose_report,
     matches_scene,
 )
-from comfyui_blip3o.pretraining.scenes import draw_scenes, render
+from comfyui_blip3o.pretraining.world.scenes import draw_scenes, render
 from PIL import Image, ImageDraw
 
 

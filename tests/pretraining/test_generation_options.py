@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 import torch
 from comfyui_blip3o.blip3o_core.config import NextDiTConfig
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features, to_tokens
 from comfyui_blip3o.blip3o_core.errors import BadInputError
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_tokens
-from comfyui_blip3o.pretraining.pool import ScenePool, draw_singles
-from comfyui_blip3o.pretraining.scenes import COLOURS, SIZES, coverage_maps, draw_scenes, render
 from comfyui_blip3o.pretraining.stages import generation
 from comfyui_blip3o.pretraining.stages.decoder import decoder_batches
 from comfyui_blip3o.pretraining.stages.generation import GenerationOptions, GenerationStage
@@ -19,7 +17,9 @@ from comfyui_blip3o.pretraining.stages.understanding import (
     build_backbone,
 )
 from comfyui_blip3o.pretraining.trainer import LoopConfig, train_stage
-from comfyui_blip3o.pretraining.vocabulary import WordIds
+from comfyui_blip3o.pretraining.world.pool import ScenePool, draw_singles
+from comfyui_blip3o.pretraining.world.scenes import COLOURS, SIZES, coverage_maps, draw_scenes, render
+from comfyui_blip3o.pretraining.world.vocabulary import WordIds
 
 VOCABULARY = WordIds()
 BACKBONE = BackboneSizes(

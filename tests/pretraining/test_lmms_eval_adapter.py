@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from comfyui_blip3o.blip3o_core.errors import BadInputError, MissingFilesError
+from comfyui_blip3o.blip3o_core.language.answers import AnswerSettings
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.blip3o_core.understanding import AnswerSettings
-from comfyui_blip3o.pretraining import lmms_eval_adapter as adapter
+from comfyui_blip3o.pretraining.evaluation import lmms_eval_adapter as adapter
 from PIL import Image
 from tiny_models import picture, write_checkpoint
 
@@ -153,7 +153,7 @@ def test_the_likeliest_answer_has_the_smallest_loss_and_is_called_greedy(
 def test_an_answer_the_model_would_give_is_greedy(pipeline: Blip3oPipeline, monkeypatch: pytest.MonkeyPatch):
     row = "What is this"
     monkeypatch.setattr(
-        "comfyui_blip3o.blip3o_core.understanding.continue_rows",
+        "comfyui_blip3o.blip3o_core.language.answers.continue_rows",
         lambda *_, **__: [pipeline.tokenizer.encode("red circle")],
     )
     assert adapter.answer_loss(pipeline, row, "red circle")[1]

@@ -11,10 +11,10 @@ import yaml
 from comfyui_blip3o.blip3o_core.errors import BadInputError, MissingFilesError
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 from comfyui_blip3o.pretraining.cli import main
-from comfyui_blip3o.pretraining.compare import Drawer, check_rows, comparison_rows, variety
-from comfyui_blip3o.pretraining.geneval import CATEGORIES
+from comfyui_blip3o.pretraining.evaluation.compare import Drawer, check_rows, comparison_rows, variety
+from comfyui_blip3o.pretraining.evaluation.geneval import CATEGORIES
 from comfyui_blip3o.pretraining.recipe import CONFIGS, STAGES, Recipe, read_config
-from comfyui_blip3o.pretraining.scenes import COLOUR_RGB
+from comfyui_blip3o.pretraining.world.scenes import COLOUR_RGB
 from PIL import Image
 
 TOY = {
@@ -144,7 +144,7 @@ def compared(run, table, prompts, capsys):
 
 @pytest.mark.slow
 def test_every_design_trains_and_is_scored_alike_once(run, capsys, monkeypatch):
-    monkeypatch.setattr("comfyui_blip3o.pretraining.compare.comparison_rows", toy_rows)
+    monkeypatch.setattr("comfyui_blip3o.pretraining.evaluation.compare.comparison_rows", toy_rows)
     said, result = compared(run, "designs", 1, capsys)
     assert set(result["rows"]) == set(toy_rows())
     for name, row in result["rows"].items():
@@ -156,7 +156,7 @@ def test_every_design_trains_and_is_scored_alike_once(run, capsys, monkeypatch):
 
 
 def test_a_backbone_that_learns_is_asked_before_and_after(run, capsys, monkeypatch):
-    monkeypatch.setattr("comfyui_blip3o.pretraining.compare.comparison_rows", toy_rows)
+    monkeypatch.setattr("comfyui_blip3o.pretraining.evaluation.compare.comparison_rows", toy_rows)
     said, result = compared(run, "joint", 0, capsys)
     assert "single object" not in said.out and "| questions |" in said.out
     rows = result["rows"]

@@ -1,7 +1,7 @@
 """The scene world: drawn from a seed, within its rules, with the held-out pairs kept out."""
 
 import numpy as np
-from comfyui_blip3o.pretraining.scenes import (
+from comfyui_blip3o.pretraining.world.scenes import (
     BACKGROUND_RGB,
     COLOUR_RGB,
     MAX_OBJECTS,

@@ -4,9 +4,10 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
-from comfyui_blip3o.pretraining.captions import OPENINGS
-from comfyui_blip3o.pretraining.geneval import CATEGORIES, category_prompts, score_prompts, summary
-from comfyui_blip3o.pretraining.scenes import (
+from comfyui_blip3o.pretraining.evaluation.geneval import CATEGORIES, category_prompts, score_prompts, summary
+from comfyui_blip3o.pretraining.evaluation.scores import evaluate
+from comfyui_blip3o.pretraining.world.captions import OPENINGS
+from comfyui_blip3o.pretraining.world.scenes import (
     BACKGROUNDS,
     COLOURS,
     KINDS,
@@ -16,7 +17,6 @@ from comfyui_blip3o.pretraining.scenes import (
     place,
     render,
 )
-from comfyui_blip3o.pretraining.scores import evaluate
 from PIL import Image
 
 PROMPTS = {

@@ -7,9 +7,6 @@ from comfyui_blip3o.blip3o_core.config import EvaClipConfig, NextDiTConfig
 from comfyui_blip3o.blip3o_core.models.eva_clip import EvaClip
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.pretraining.assemble import to_backbone
-from comfyui_blip3o.pretraining.captions import Question
-from comfyui_blip3o.pretraining.pool import ScenePool
-from comfyui_blip3o.pretraining.scenes import COLOURS, KINDS, coverage_maps, draw_scenes, render
 from comfyui_blip3o.pretraining.stages import encoder as encoding
 from comfyui_blip3o.pretraining.stages import generation
 from comfyui_blip3o.pretraining.stages.decoder import (
@@ -28,7 +25,10 @@ from comfyui_blip3o.pretraining.stages.understanding import (
     understanding_batches,
 )
 from comfyui_blip3o.pretraining.stages.vae import VaeStage, build_vae, vae_batches
-from comfyui_blip3o.pretraining.vocabulary import WordIds
+from comfyui_blip3o.pretraining.world.captions import Question
+from comfyui_blip3o.pretraining.world.pool import ScenePool
+from comfyui_blip3o.pretraining.world.scenes import COLOURS, KINDS, coverage_maps, draw_scenes, render
+from comfyui_blip3o.pretraining.world.vocabulary import WordIds
 
 VOCABULARY = WordIds()
 SIZES = BackboneSizes(
@@ -136,7 +136,7 @@ def test_picture_rows_equal_the_core_backbone(stage, pool):
 
 
 def test_prompt_conditioning_equals_the_core_backbone(stage):
-    from comfyui_blip3o.blip3o_core.prompts import generation_text
+    from comfyui_blip3o.blip3o_core.language.prompts import generation_text
 
     backbone = to_backbone(stage.backbone, stage.latent_queries, CONFIG).eval()
     ids = torch.tensor([VOCABULARY(generation_text("two red stars") + "[IMG]")])

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
-from comfyui_blip3o.pretraining.captions import Request, Thing
-from comfyui_blip3o.pretraining.checker import check_prompt, look, matches_scene
 from comfyui_blip3o.pretraining.cli import BUILT_IN_MODEL
-from comfyui_blip3o.pretraining.scenes import draw_scenes, render
+from comfyui_blip3o.pretraining.world.captions import Request, Thing
+from comfyui_blip3o.pretraining.world.checker import check_prompt, look, matches_scene
+from comfyui_blip3o.pretraining.world.scenes import draw_scenes, render
 from PIL import Image
 
 ASKED = {

@@ -74,8 +74,8 @@ def kill_at_write(number: int) -> None:
 
 def run_killed(folder: Path, kills: int) -> dict[str, Any]:
     """A straight run and one killed so many times: what was lost at each kill, and whether both end equal."""
-    from comfyui_blip3o.lora_training.fit import load_result
-    from comfyui_blip3o.lora_training.state import newest_state
+    from comfyui_blip3o.lora_training.fit.loop import load_result
+    from comfyui_blip3o.lora_training.fit.state import newest_state
     from tiny_training import run_fit, same, validation
 
     def work(name: str) -> None:
@@ -125,7 +125,7 @@ def run_killed(folder: Path, kills: int) -> dict[str, Any]:
 
 def run_processes(folder: Path) -> dict[str, Any]:
     """The same fit in one and in two processes: the largest difference between what they learned."""
-    from comfyui_blip3o.lora_training.fit import load_result
+    from comfyui_blip3o.lora_training.fit.loop import load_result
     from tiny_training import run_fit, stop_after, validation
 
     options = {

@@ -12,9 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comfyui_blip3o.pretraining.captions import plural
-from comfyui_blip3o.pretraining.checker import look
-from comfyui_blip3o.pretraining.scenes import BACKGROUNDS, COLOURS, KINDS, Scenes, draw_scenes, place, render
+from comfyui_blip3o.pretraining.world.captions import plural
+from comfyui_blip3o.pretraining.world.checker import look
+from comfyui_blip3o.pretraining.world.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    Scenes,
+    draw_scenes,
+    place,
+    render,
+)
 from PIL import Image
 from torch import Tensor, nn
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.lora_training.adapters import Adapter, attach
 from comfyui_blip3o.lora_training.config import AdapterConfig
-from comfyui_blip3o.lora_training.files import lora_tensors
+from comfyui_blip3o.lora_training.files.write import lora_tensors
+from comfyui_blip3o.lora_training.fit.adapters import Adapter, attach
 from torch import Tensor
 
 PROMPT = "a red circle"

@@ -13,7 +13,8 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from comfyui_blip3o.blip3o_core.models import linear, nextdit
+from comfyui_blip3o.blip3o_core.models import nextdit
+from comfyui_blip3o.blip3o_core.performance import linear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from comfyui_blip3o.lora_training.config import LoraConfig, parse_config
-from comfyui_blip3o.lora_training.fit import FitResult, fit
+from comfyui_blip3o.lora_training.fit.loop import FitResult, fit
 from comfyui_blip3o.lora_training.records import Sample, TrainingData, Validation
 from tiny_models import DEFAULT, build_dit
 

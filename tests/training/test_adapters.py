@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from comfyui_blip3o.blip3o_core.config import NextDiTConfig
 from comfyui_blip3o.blip3o_core.errors import BadInputError, WrongAdapterError
+from comfyui_blip3o.blip3o_core.language.prompts import TextTokenizer
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
-from comfyui_blip3o.blip3o_core.prompts import TextTokenizer
-from comfyui_blip3o.lora_training.adapters import Adapter, attach, target_names
 from comfyui_blip3o.lora_training.config import AdapterConfig
+from comfyui_blip3o.lora_training.fit.adapters import Adapter, attach, target_names
 from tiny_models import VARIANTS, build_backbone, build_dit, write_tokenizer
 from torch import Tensor, nn
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from comfyui_blip3o.blip3o_core.errors import BadInputError
-from comfyui_blip3o.blip3o_core.models.linear import use_onednn
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
-from comfyui_blip3o.lora_training.adapters import attach
-from comfyui_blip3o.lora_training.base_dtype import set_base_dtype
+from comfyui_blip3o.blip3o_core.performance.linear import use_onednn
 from comfyui_blip3o.lora_training.config import AdapterConfig
+from comfyui_blip3o.lora_training.fit.adapters import attach
+from comfyui_blip3o.lora_training.fit.base_dtype import set_base_dtype
 from tiny_models import build_dit
 
 CPU = torch.device("cpu")

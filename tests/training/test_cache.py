@@ -16,8 +16,9 @@ from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.errors import MissingFilesError, TrainingDataError
 from comfyui_blip3o.blip3o_core.images import load_image
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.lora_training import cache
-from comfyui_blip3o.lora_training.cache import (
+from comfyui_blip3o.lora_training.config import LoraConfig
+from comfyui_blip3o.lora_training.data import cache
+from comfyui_blip3o.lora_training.data.cache import (
     CacheKeys,
     Counts,
     DamagedEntry,
@@ -31,8 +32,7 @@ from comfyui_blip3o.lora_training.cache import (
     read_entry,
     verify_cache,
 )
-from comfyui_blip3o.lora_training.config import LoraConfig
-from comfyui_blip3o.lora_training.dataset import scan_run
+from comfyui_blip3o.lora_training.data.dataset import scan_run
 from comfyui_blip3o.lora_training.records import Interrupted, TrainingData
 from PIL import Image
 from training_sets import caption, config_of, drawing, write_set

@@ -9,18 +9,18 @@ import pytest
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.errors import BadInputError, TrainingDataError
 from comfyui_blip3o.blip3o_core.images import load_image
+from comfyui_blip3o.blip3o_core.language.answers import CAPTION_STYLES
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from comfyui_blip3o.blip3o_core.understanding import CAPTION_STYLES
-from comfyui_blip3o.lora_training import captioning
-from comfyui_blip3o.lora_training.captioning import (
+from comfyui_blip3o.lora_training.config import DataConfig
+from comfyui_blip3o.lora_training.data import captioning
+from comfyui_blip3o.lora_training.data.captioning import (
     ALL_BUT,
     MODES,
     caption_dataset,
     caption_question,
     place_trigger,
 )
-from comfyui_blip3o.lora_training.config import DataConfig
-from comfyui_blip3o.lora_training.dataset import scan_dataset
+from comfyui_blip3o.lora_training.data.dataset import scan_dataset
 from comfyui_blip3o.lora_training.records import Interrupted
 from PIL import Image
 from training_sets import config_of, drawing, write_set

@@ -7,15 +7,15 @@ import torch
 from comfyui_blip3o.blip3o_core import load_pipeline
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
-from comfyui_blip3o.lora_training.ceiling import (
+from comfyui_blip3o.lora_training.config import DataConfig
+from comfyui_blip3o.lora_training.prompts import knows
+from comfyui_blip3o.lora_training.proof.ceiling import (
     Ceiling,
     measure_ceiling,
     separability,
     suggest_triggers,
     trigger_separability,
 )
-from comfyui_blip3o.lora_training.config import DataConfig
-from comfyui_blip3o.lora_training.prompts import knows
 from comfyui_blip3o.lora_training.records import Interrupted
 from lora_concept import CLASS_WORD, LIGHTS, TRIGGER, concept_caption, concept_pictures, shows_concept
 from PIL import Image, ImageDraw

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from comfyui_blip3o.lora_training.chart import (
+from comfyui_blip3o.lora_training.proof.chart import (
     LEFT,
     PANEL_HEIGHT,
     RIGHT,

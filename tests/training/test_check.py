@@ -12,7 +12,7 @@ import pytest
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.errors import TrainingDataError
 from comfyui_blip3o.lora_training.check import Report, check, duplicates
-from comfyui_blip3o.lora_training.dataset import scan_dataset
+from comfyui_blip3o.lora_training.data.dataset import scan_dataset
 from PIL import Image, ImageDraw, ImageEnhance
 from training_sets import COLOURS, FAULTS, caption, config_of, drawing, write_set
 

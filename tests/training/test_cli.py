@@ -12,9 +12,9 @@ import tiny_models
 import yaml
 from comfyui_blip3o.cli import main
 from comfyui_blip3o.lora_training import cli as lora_cli
-from comfyui_blip3o.lora_training.captioning import MODES
 from comfyui_blip3o.lora_training.config import read_config
-from comfyui_blip3o.lora_training.convert import FORMATS
+from comfyui_blip3o.lora_training.data.captioning import MODES
+from comfyui_blip3o.lora_training.files.convert import FORMATS
 from comfyui_blip3o.lora_training.records import EVENTS
 from lora_runs import write_run
 from PIL import Image

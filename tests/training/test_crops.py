@@ -9,9 +9,9 @@ import torch
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.images import load_image, preprocess_for_image_encoder
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
-from comfyui_blip3o.lora_training.cache import feature_weights
 from comfyui_blip3o.lora_training.config import DataConfig
-from comfyui_blip3o.lora_training.crops import (
+from comfyui_blip3o.lora_training.data.cache import feature_weights
+from comfyui_blip3o.lora_training.data.crops import (
     View,
     choose_views,
     cut,
@@ -20,7 +20,7 @@ from comfyui_blip3o.lora_training.crops import (
     read_mask,
     share_cut_away,
 )
-from comfyui_blip3o.lora_training.dataset import Item, scan_dataset
+from comfyui_blip3o.lora_training.data.dataset import Item, scan_dataset
 from PIL import Image, ImageDraw
 from training_sets import config_of
 

@@ -12,7 +12,7 @@ import pytest
 from comfyui_blip3o.blip3o_core.errors import MissingFilesError
 from comfyui_blip3o.blip3o_core.images import to_rgb
 from comfyui_blip3o.lora_training.config import DataConfig
-from comfyui_blip3o.lora_training.dataset import (
+from comfyui_blip3o.lora_training.data.dataset import (
     Dataset,
     assemble_prompts,
     fill_in,

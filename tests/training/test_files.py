@@ -13,17 +13,17 @@ import tiny_models
 import torch
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.errors import BadInputError, WrongAdapterError
-from comfyui_blip3o.blip3o_core.lora import LoraFile, read_lora
+from comfyui_blip3o.blip3o_core.lora.files import LoraFile, read_lora
 from comfyui_blip3o.lora_training.config import parse_config
-from comfyui_blip3o.lora_training.convert import base_weights, convert_lora, save_as
-from comfyui_blip3o.lora_training.files import describe, inspect_lora, lora_metadata, save_lora
-from comfyui_blip3o.lora_training.merge import (
+from comfyui_blip3o.lora_training.files.convert import base_weights, convert_lora, save_as
+from comfyui_blip3o.lora_training.files.merge import (
     _truncated,
     extract_lora,
     merge_into_checkpoint,
     merge_loras,
     resize_lora,
 )
+from comfyui_blip3o.lora_training.files.write import describe, inspect_lora, lora_metadata, save_lora
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils import peft_utils
 from lora_files import FACTORISED, KINDS, open_pipeline, trained, velocity
@@ -524,7 +524,7 @@ def test_an_inspection_names_what_is_wrong(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dora"])
 def test_the_size_of_a_change_is_told_without_building_it(folder: Path, kind: str):
-    from comfyui_blip3o.lora_training.files import change_norm
+    from comfyui_blip3o.lora_training.files.write import change_norm
 
     for change in LoraFile(kind, trained(folder, kind)[0]).changes.values():
         if change.kind:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_blip3o.blip3o_core.drawing.flow import mix
+from comfyui_blip3o.blip3o_core.drawing.sampling import to_grid, to_tokens
 from comfyui_blip3o.blip3o_core.errors import TrainingDataError
-from comfyui_blip3o.blip3o_core.flow import mix
+from comfyui_blip3o.blip3o_core.language.prompts import TextTokenizer
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
-from comfyui_blip3o.blip3o_core.prompts import TextTokenizer
-from comfyui_blip3o.blip3o_core.sampling import to_grid, to_tokens
-from comfyui_blip3o.lora_training.adapters import Adapter, attach
 from comfyui_blip3o.lora_training.config import AdapterConfig, TimestepConfig
-from comfyui_blip3o.lora_training.fit import fit, is_better, load_result
-from comfyui_blip3o.lora_training.objective import draw_noise, draw_rows, draw_sigmas
+from comfyui_blip3o.lora_training.fit.adapters import Adapter, attach
+from comfyui_blip3o.lora_training.fit.loop import fit, is_better, load_result
+from comfyui_blip3o.lora_training.fit.objective import draw_noise, draw_rows, draw_sigmas
 from comfyui_blip3o.lora_training.records import Interrupted, TrainingData, Validation
 from tiny_models import build_backbone, build_dit, write_tokenizer
 from tiny_training import lora_config, run_fit, same, stop_after, training_data, validation

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from comfyui_blip3o.blip3o_core import load_pipeline
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
-from comfyui_blip3o.blip3o_core.flow import mix
+from comfyui_blip3o.blip3o_core.drawing.flow import mix
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features, to_grid, to_tokens
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_grid, to_tokens
-from comfyui_blip3o.lora_training.adapters import Adapter
-from comfyui_blip3o.lora_training.fit import fit
+from comfyui_blip3o.lora_training.fit.adapters import Adapter
+from comfyui_blip3o.lora_training.fit.loop import fit
 from comfyui_blip3o.lora_training.records import Sample, TrainingData
 from tiny_training import lora_config
 from torch import Tensor

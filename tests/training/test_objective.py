@@ -7,10 +7,10 @@ import pytest
 import torch
 from comfyui_blip3o.blip3o_core import load_pipeline
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
-from comfyui_blip3o.blip3o_core.flow import mix, target_velocity
-from comfyui_blip3o.blip3o_core.sampling import to_grid, to_tokens
+from comfyui_blip3o.blip3o_core.drawing.flow import mix, target_velocity
+from comfyui_blip3o.blip3o_core.drawing.sampling import to_grid, to_tokens
 from comfyui_blip3o.lora_training.config import LossConfig, TimestepConfig
-from comfyui_blip3o.lora_training.objective import (
+from comfyui_blip3o.lora_training.fit.objective import (
     draw_lessons,
     draw_noise,
     draw_rows,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_blip3o.blip3o_core.errors import MissingFilesError
 from comfyui_blip3o.lora_training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from comfyui_blip3o.lora_training.optimizers import (
+from comfyui_blip3o.lora_training.fit.optimizers import (
     MovingAverage,
     averaged,
     build_optimizer,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comfyui_blip3o.blip3o_core.errors import MissingFilesError
-from comfyui_blip3o.lora_training.plot import plot_runs, read_history, write_metrics, write_plot
+from comfyui_blip3o.lora_training.proof.plot import plot_runs, read_history, write_metrics, write_plot
 
 
 def write_events(folder: Path, losses: list[float | None], *, more: list[dict] = ()) -> Path:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_blip3o.blip3o_core.conditioning import encode_prompts
+from comfyui_blip3o.blip3o_core.language.conditioning import encode_prompts
+from comfyui_blip3o.blip3o_core.language.prompts import TextTokenizer
 from comfyui_blip3o.blip3o_core.models.backbone import Backbone
-from comfyui_blip3o.blip3o_core.prompts import TextTokenizer
-from comfyui_blip3o.lora_training.prompt_encoder import PromptEncoder
+from comfyui_blip3o.lora_training.fit.prompt_encoder import PromptEncoder
 from tiny_models import VARIANTS, build_backbone, write_tokenizer
 
 PROMPTS = ["a red circle", "A photo of a cute cat on the grass", "a red circle", "big"]

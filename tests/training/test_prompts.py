@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
-from comfyui_blip3o.blip3o_core.prompts import TextTokenizer
+from comfyui_blip3o.blip3o_core.language.prompts import TextTokenizer
 from comfyui_blip3o.lora_training import prompts
 from comfyui_blip3o.lora_training.prompts import drift_prompts, knows, preservation_prompts
 from tiny_training import lora_config

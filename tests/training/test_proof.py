@@ -8,7 +8,7 @@ from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
 from comfyui_blip3o.lora_training.config import parse_config
 from comfyui_blip3o.lora_training.run import train_lora
-from comfyui_blip3o.pretraining.scenes import COLOURS, KINDS
+from comfyui_blip3o.pretraining.world.scenes import COLOURS, KINDS
 from lora_concept import (
     LIGHTS,
     TRIGGER,

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
-from comfyui_blip3o.lora_training.adapters import Adapter, attach
 from comfyui_blip3o.lora_training.config import AdapterConfig, LoraConfig
-from comfyui_blip3o.lora_training.prove import Judge, extra_prompts, sample_prompts, verdicts
+from comfyui_blip3o.lora_training.fit.adapters import Adapter, attach
+from comfyui_blip3o.lora_training.proof.judge import Judge, extra_prompts, sample_prompts, verdicts
 from comfyui_blip3o.lora_training.records import TrainingData
 from tiny_models import build_dit
 from tiny_training import KEPT, lora_config, training_data, validation

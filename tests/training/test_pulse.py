@@ -8,8 +8,8 @@ import pytest
 import tiny_models
 import torch
 from comfyui_blip3o.cli import main
-from comfyui_blip3o.lora_training import pulse
-from comfyui_blip3o.lora_training.fit import fit
+from comfyui_blip3o.lora_training.fit import pulse
+from comfyui_blip3o.lora_training.fit.loop import fit
 from comfyui_blip3o.lora_training.records import working_text
 from lora_runs import write_run
 from tiny_training import KEPT, lora_config, run_fit, training_data, validation

@@ -10,13 +10,13 @@ import pytest
 import tiny_models
 import torch
 from comfyui_blip3o.blip3o_core import load_pipeline
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings
 from comfyui_blip3o.blip3o_core.errors import (
     BadInputError,
     MissingFilesError,
     TrainingDataError,
     WrongAdapterError,
 )
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings
 from comfyui_blip3o.lora_training import run as run_module
 from comfyui_blip3o.lora_training.config import parse_config, read_config
 from comfyui_blip3o.lora_training.records import PHASES, Diverged, Interrupted, OutOfMemory

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_blip3o.blip3o_core.units import GIB
-from comfyui_blip3o.lora_training import fit as fit_module
-from comfyui_blip3o.lora_training import state as state_module
-from comfyui_blip3o.lora_training.adapters import Adapter, attach
 from comfyui_blip3o.lora_training.config import AdapterConfig
-from comfyui_blip3o.lora_training.fit import fit, load_result
+from comfyui_blip3o.lora_training.fit import loop as fit_module
+from comfyui_blip3o.lora_training.fit import state as state_module
+from comfyui_blip3o.lora_training.fit.adapters import Adapter, attach
+from comfyui_blip3o.lora_training.fit.loop import fit, load_result
+from comfyui_blip3o.lora_training.fit.state import NoSpace, newest_state
 from comfyui_blip3o.lora_training.memory import needed_bytes, plan_step
 from comfyui_blip3o.lora_training.records import Diverged, Interrupted, OutOfMemory
-from comfyui_blip3o.lora_training.state import NoSpace, newest_state
 from safetensors.torch import load_file
 from tiny_models import build_dit
 from tiny_training import lora_config, run_fit, same, stop_after, training_data, validation

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_blip3o.lora_training import state as module
-from comfyui_blip3o.lora_training.state import (
+from comfyui_blip3o.lora_training.fit import state as module
+from comfyui_blip3o.lora_training.fit.state import (
     NoSpace,
     State,
     amend_state,

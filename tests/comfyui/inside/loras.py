@@ -21,7 +21,9 @@ from safetensors.torch import save_file  # noqa: E402
 spec = importlib.util.spec_from_file_location("comfyui_blip3o", REPOSITORY / "__init__.py")
 sys.modules["comfyui_blip3o"] = package = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(package)
-from comfyui_blip3o.nodes import drawing, load, lora, native_dit  # noqa: E402
+from comfyui_blip3o.nodes import load  # noqa: E402
+from comfyui_blip3o.nodes.native import dit as native_dit
+from comfyui_blip3o.nodes.native import drawing, lora
 
 torch.set_num_threads(1)
 folder_paths.folder_names_and_paths["loras"] = ([str(LORAS)], {".safetensors"})

@@ -32,10 +32,13 @@ sys.modules["comfyui_blip3o"] = package = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(package)
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint  # noqa: E402
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_dit  # noqa: E402
-from comfyui_blip3o.blip3o_core.flow import sigma_schedule  # noqa: E402
-from comfyui_blip3o.blip3o_core.models import linear  # noqa: E402
-from comfyui_blip3o.blip3o_core.sampling import FeatureSettings, sample_features, to_tokens  # noqa: E402
-from comfyui_blip3o.nodes import drawing, load, native_decoder, native_dit  # noqa: E402
+from comfyui_blip3o.blip3o_core.drawing.flow import sigma_schedule  # noqa: E402
+from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features, to_tokens  # noqa: E402
+from comfyui_blip3o.blip3o_core.performance import linear  # noqa: E402
+from comfyui_blip3o.nodes import load  # noqa: E402
+from comfyui_blip3o.nodes.native import decoder as native_decoder
+from comfyui_blip3o.nodes.native import dit as native_dit
+from comfyui_blip3o.nodes.native import drawing
 
 torch.set_num_threads(1)
 FOLDER = str(REFERENCE / "checkpoint")

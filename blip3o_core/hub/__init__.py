@@ -1,0 +1,1 @@
+"""Checkpoints from the model hub: a plan with sizes, then resumable, verified downloads."""

@@ -1,0 +1,1 @@
+"""What the backbone reads and writes: prompts, conditioning, answers."""

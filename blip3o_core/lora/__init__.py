@@ -1,0 +1,1 @@
+"""LoRA files and what they change in the networks."""

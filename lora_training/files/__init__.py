@@ -1,0 +1,1 @@
+"""LoRA files: written, converted, merged."""

@@ -1,0 +1,1 @@
+"""The loop that fits an adapter, and its parts."""

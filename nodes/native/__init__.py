@@ -1,0 +1,1 @@
+"""Networks, sockets and helpers behind the nodes, in the terms of ComfyUI."""

@@ -1,0 +1,1 @@
+"""Scores: the scene world, GenEval, published benchmarks."""

@@ -1,0 +1,1 @@
+"""The scene world: pictures, captions, questions, and who checks them."""
