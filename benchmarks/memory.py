@@ -12,17 +12,11 @@ from pathlib import Path
 
 import torch
 from answers import question
-from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import (
-    CONTEXT_BYTES,
-    GIB,
-    USES,
-    MemoryPlan,
-    Way,
-    plan_way,
-)
+from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import CONTEXT_BYTES, USES, MemoryPlan, Way, plan_way
 from comfyui_blip3o.blip3o_core.checkpoints.safetensor_files import TensorInfo
 from comfyui_blip3o.blip3o_core.drawing.presets import PRESETS
 from comfyui_blip3o.blip3o_core.language.answers import AnswerSettings, continue_rows, encode_chat
+from comfyui_blip3o.blip3o_core.units import GIB
 from common import Row
 from networks import Networks
 from torch import Tensor

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..blip3o_core.errors import BadInputError
+from ..blip3o_core.units import UNIT_WORDS, format_bytes
 from .options import built_in_model, command
 
 if TYPE_CHECKING:  # torch takes seconds to import: only commands that compute do so
@@ -19,6 +20,7 @@ def add_info(commands: Any) -> None:
     parser = command(
         commands, "info", run_info, "What is in a checkpoint folder, and in which memory it fits."
     )
+    parser.epilog = UNIT_WORDS
     parser.add_argument("folder", type=Path, nargs="?", help="default: the built-in tiny model")
     parser.add_argument(
         "--plan",
@@ -35,6 +37,7 @@ def add_download(commands: Any) -> None:
         run_download,
         "Download a checkpoint: only the files needed, resumable, checksums verified.",
     )
+    parser.epilog = UNIT_WORDS
     parser.add_argument("repo", help="8b, 4b, or a repository OWNER/NAME of the hub")
     parser.add_argument(
         "folder", type=Path, help="where to put it, e.g. ComfyUI/models/blip3o/BLIP3o-Model-8B"
@@ -97,20 +100,20 @@ def run_info(arguments: argparse.Namespace) -> None:
         print(json.dumps(description, indent=2))
         return
     print(
-        f"{description['name']}  ({_size(description['total_bytes'])}, fingerprint {description['fingerprint']})"
+        f"{description['name']}  ({format_bytes(description['total_bytes'])}, fingerprint {description['fingerprint']})"
     )
     for name, info in description["components"].items():
         if info["problem"]:
             print(f"  {name:14} not usable: {info['problem'].splitlines()[0]}")
         else:
             print(
-                f"  {name:14} {_size(info['bytes']):>9}  {info['parameters'] / 1e6:10,.1f} M parameters  {', '.join(info['dtypes'])}"
+                f"  {name:14} {format_bytes(info['bytes']):>9}  {info['parameters'] / 1e6:10,.1f} M parameters  {', '.join(info['dtypes'])}"
             )
     for use, fit in description["memory"].items():
         if fit["available"]:
             cards = ", ".join(f"{card}: {verdict}" for card, verdict in fit["cards"].items())
             print(
-                f"To {use}: {_size(fit['together_bytes'])} of weights, {_size(fit['offload_bytes'])} with --offload. {cards}"
+                f"To {use}: {format_bytes(fit['together_bytes'])} of weights, {format_bytes(fit['offload_bytes'])} with --offload. {cards}"
             )
 
 
@@ -170,7 +173,3 @@ def run_verify(arguments: argparse.Namespace) -> int:
     checks = verify_reference(arguments.folder)
     print(report_json(checks))
     return 0 if all(check.passed for check in checks) else 1
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""The `blip3o` command: draw, ask, caption, vary, inspect, download, convert, verify, train, pretrain and score."""
+"""The `blip3o` command: draw, ask, caption, vary, inspect, download, convert, verify, check, train, pretrain and score."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..lora_training.cli import add_lora
 from ..pretraining.cli import add_eval, add_pretrain, run_eval, run_pretrain
 from ..pretraining.evaluation.benchmarks import add_benchmark_arguments, run_benchmark
 from .answer import add_ask, add_caption
+from .doctor import add_doctor
 from .draw import add_generate, add_vary
 from .folders import add_convert, add_download, add_info, add_verify
 from .options import command
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_download(commands)
     add_convert(commands)
     add_verify(commands)
+    add_doctor(commands)
     add_lora(
         command(
             commands, "lora", None, "Teach the model something of your own: train, prove and manage LoRAs."

@@ -23,12 +23,12 @@ from ..blip3o_core.language.prompts import (
     TextTokenizer,
     count_prompt_tokens,
 )
+from ..blip3o_core.units import format_bytes
 from .config import LoraConfig
 from .data.crops import open_mask, share_cut_away
 from .data.dataset import LOOK_SIZE, TRIGGER_PLACE, Dataset, Item, Problem, names_trigger, scan_run
 from .plan import PhaseMemory, dit_without_weights, free_memory, learning_parameters, open_base, plan_phases
 
-GIB = 2**30
 # Smaller pictures hold nothing to learn from.
 SMALLEST_SIDE = 16
 EXTREME_ASPECT = 2.0
@@ -84,9 +84,11 @@ class Report:
         """All of it, for reading."""
         lines = list(self.notes)
         if self.memory:
-            free = "unknown" if self.free_bytes is None else f"{self.free_bytes / GIB:.1f} GB"
+            free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
             lines.append(f"Memory, estimated ({free} free):")
-            lines += [f"    {each.phase:<12} {each.bytes / GIB:5.1f} GB  {each.what}" for each in self.memory]
+            lines += [
+                f"    {each.phase:<12} {format_bytes(each.bytes):>9}  {each.what}" for each in self.memory
+            ]
         lines += [str(problem) for problem in (*self.errors, *self.warnings)]
         lines.append(
             f"{_count(len(self.errors), 'error')}, {_count(len(self.warnings), 'warning')}."
@@ -405,7 +407,7 @@ def _check_memory(
                 "prove": "Close other programs.",
             }[each.phase]
             text = (
-                f'The phase "{each.phase}" needs about {each.bytes / GIB:.1f} GB ({each.what}), but {free / GIB:.1f} GB '
+                f'The phase "{each.phase}" needs about {format_bytes(each.bytes)} ({each.what}), but {format_bytes(free)} '
                 f"are free. {remedy}"
             )
             problems.append(Problem("warning", "memory", text))
@@ -438,7 +440,7 @@ def _check_disk(
         yield Problem(
             "error",
             "disk",
-            f'The run needs about {needed / GIB:.1f} GB in "{place}", but {free / GIB:.1f} GB are free. Make room, or set '
+            f'The run needs about {format_bytes(needed)} in "{place}", but {format_bytes(free)} are free. Make room, or set '
             "run.dir to another disk.",
         )
 

@@ -18,6 +18,7 @@ import yaml
 
 from ..blip3o_core.config import BUILT_IN_MODEL
 from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
+from ..blip3o_core.units import format_bytes
 from .config import PRESET_FOLDER, LoraConfig, parse_config, read_config, to_tree
 
 EXIT_BAD = 2
@@ -340,7 +341,7 @@ def run_cache(arguments: argparse.Namespace) -> int:
         return EXIT_BAD if problems else 0
     if arguments.clean:
         removed = collect_garbage(folder, cache_keys(config).all(dataset, prompts))
-        print(f"{removed.files} files removed, {removed.bytes / 1e6:.1f} MB.")
+        print(f"{removed.files} files removed, {format_bytes(removed.bytes)}.")
         return 0
     with _Watcher(arguments) as watcher:
         fill_cache(config, dataset, open_pipeline(config), watcher.tell, watcher.should_stop)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..blip3o_core.models.nextdit import NextDiT
+from ..blip3o_core.units import format_bytes
 
 # Saved activations of one sample, bytes per layer, feature and unit of width, by bytes of a value: counted at the
 # published sizes (11.5 MiB a layer in bf16 beside float32 adapters). With block-level checkpointing a block keeps only
@@ -17,7 +18,6 @@ SAVED_BYTES = {2: 105, 4: 141}
 OVERHEAD_BYTES = int(0.8 * 2**30)
 # fp32 weight, gradient and two moments of what learns; a moving average is a fifth.
 LEARNING_BYTES = 16
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class MemoryPlan:
     def text(self) -> str:
         """The plan in one line."""
         checkpointing = ", gradient checkpointing" if self.grad_checkpoint else ""
-        free = "" if self.free is None else f" of {self.free / GIB:.1f} free"
-        return f"micro batch {self.micro_batch}{checkpointing}, about {self.needed / GIB:.1f} GiB{free}"
+        free = "" if self.free is None else f" of {format_bytes(self.free)} free"
+        return f"micro batch {self.micro_batch}{checkpointing}, about {format_bytes(self.needed)}{free}"
 
 
 def needed_bytes(

@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..blip3o_core.errors import BadInputError
+from ..blip3o_core.units import format_bytes
 from .native import host
 
 CATEGORY = "BLIP3-o/load"
@@ -40,7 +41,7 @@ class Download(io.ComfyNode):
                     "use",
                     options=list(USES),
                     default="draw and answer",
-                    tooltip="Encoding images (variation, blending) needs the image encoder, about 9 GB more.",
+                    tooltip="Encoding images (variation, blending) needs the image encoder, about 8 GB more.",
                 ),
                 io.Combo.Input(
                     "action",
@@ -119,7 +120,7 @@ class DownloadProgress:
         self.done[file] = done
         fetched = sum(self.done.values())
         if self._say(
-            f"{file}: {done / max(1, size):.0%}, all files {fetched / self.total:.1%} of {self.total / 1e9:.1f} GB"
+            f"{file}: {done / max(1, size):.0%}, all files {fetched / self.total:.1%} of {format_bytes(self.total)}"
         ):
             self.bar(int(PROGRESS_UNITS * fetched / self.total))
 

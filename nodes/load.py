@@ -13,8 +13,9 @@ from comfy_api.latest import io
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.load import load_backbone, load_image_encoder
 from ..blip3o_core.checkpoints.match import describe_left_out, needed_tensors
-from ..blip3o_core.checkpoints.memory_plan import GIB, USES, largest_file, measure_disk, network_bytes
+from ..blip3o_core.checkpoints.memory_plan import USES, largest_file, measure_disk, network_bytes
 from ..blip3o_core.errors import Blip3oError
+from ..blip3o_core.units import format_bytes
 from .native import host, layers, lora
 from .native.decoder import load_decoder_patcher, load_vae
 from .native.dit import load_dit_patcher
@@ -91,7 +92,7 @@ def memory_text(files: CheckpointFiles, choice: str, device_bytes: int) -> str:
         tensors = needed_tensors(files, component)
         size = network_bytes(tensors, "fp8") if storage.itemsize == 1 else network_bytes(tensors)
         size = size * 2 if storage == torch.float32 else size
-        lines.append(f"{component}: {size / GIB:.2f} GB in {str(storage).removeprefix('torch.')}")
+        lines.append(f"{component}: {format_bytes(size)} in {str(storage).removeprefix('torch.')}")
         largest = max(largest, size)
         read += sum(info.nbytes for info in tensors.values())
     room = device_bytes - WORKING_BYTES
@@ -99,9 +100,9 @@ def memory_text(files: CheckpointFiles, choice: str, device_bytes: int) -> str:
         verdict = "the largest visits it layer by layer, which is slower; dtype fp8 halves it"
     else:
         verdict = "each network fits and is brought there while it works"
-    lines.append(f"{memory.get_torch_device().type} with {device_bytes / GIB:.1f} GB: {verdict}")
+    lines.append(f"{memory.get_torch_device().type} with {format_bytes(device_bytes)}: {verdict}")
     seconds = read / measure_disk(largest_file(files))
-    lines.append(f"first use reads {read / GIB:.2f} GB, about {seconds:.0f} s from this disk")
+    lines.append(f"first use reads {format_bytes(read)}, about {seconds:.0f} s from this disk")
     if files.left_out:
         lines.append(f"left out: {describe_left_out(files.left_out)}")
     return "\n".join(lines)

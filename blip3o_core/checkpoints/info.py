@@ -7,11 +7,12 @@ from typing import Any
 
 from ..errors import Blip3oError
 from ..picture_files import checkpoint_fingerprint
+from ..units import GIB
 from .infer import infer_eva_clip, infer_nextdit
 from .keys import COMPONENTS
 from .layout import CheckpointFiles
 from .match import left_out_tensors, needed_tensors
-from .memory_plan import GIB, USES, plan_memory
+from .memory_plan import USES, plan_memory
 from .safetensor_files import TensorInfo
 
 MEMORY_SIZES_GIB = (8, 12, 16, 24, 32, 48)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WrongCheckpointError
+from ..units import format_bytes
 from .infer import Shapes, infer_eva_clip, infer_nextdit
 from .keys import inner_key
 from .layout import CheckpointFiles, LeftOut, beginning, group_left_out, unneeded_error
@@ -96,9 +97,9 @@ def tell_left_out(files: CheckpointFiles, component: str, match: Match) -> None:
 
 
 def describe_left_out(groups: Sequence[LeftOut]) -> str:
-    """In words, e.g. "244 tensors of model.vae, 168.0 MB"."""
+    """In words, e.g. "244 tensors of model.vae, 160.2 MB"."""
     return "; ".join(
-        f"{group.tensors} tensor{'' if group.tensors == 1 else 's'} of {group.name}, {group.bytes / 1e6:,.1f} MB"
+        f"{group.tensors} tensor{'' if group.tensors == 1 else 's'} of {group.name}, {format_bytes(group.bytes)}"
         for group in groups
     )
 

@@ -13,11 +13,11 @@ from typing import Any
 from ..config import TILE_SIDE
 from ..errors import BadInputError
 from ..performance.quantize import FORMATS, SKIPPED, SMALLEST_WEIGHTS
+from ..units import GIB, format_bytes
 from .layout import DECODER_NETWORKS, CheckpointFiles
 from .match import needed_tensors
 from .safetensor_files import TensorInfo
 
-GIB = 2**30
 USES = {
     "draw": ("backbone", "dit", "decoder"),
     "answer": ("backbone",),
@@ -116,16 +116,16 @@ class MemoryPlan:
     def __str__(self) -> str:
         size = f"{self.budget_bytes / GIB:.3g} GB"
         if not self.fits:
-            head = f"To {self.use} on {size}: too small, {self.peak_bytes / GIB:.1f} GB are needed at least."
+            head = f"To {self.use} on {size}: too small, {format_bytes(self.peak_bytes)} are needed at least."
         else:
             head = f"To {self.use} on {size}: {self.way.options or 'no options needed'}"
         lines = [head]
         for each in self.placements:
             lines.append(
-                f"  {each.component:14} {each.device_bytes / GIB:6.2f} GB  {each.format:20} {each.place}"
+                f"  {each.component:14} {format_bytes(each.device_bytes):>9}  {each.format:20} {each.place}"
             )
-        lines += [f"  {phase.name:22} at most {phase.peak_bytes / GIB:.2f} GB" for phase in self.phases]
-        read = f"  reads {self.load_bytes / GIB:.2f} GB from disk"
+        lines += [f"  {phase.name:22} at most {format_bytes(phase.peak_bytes)}" for phase in self.phases]
+        read = f"  reads {format_bytes(self.load_bytes)} from disk"
         if self.load_seconds is not None:
             read += f", about {self.load_seconds:.0f} s on this one"
         return "\n".join([*lines, read])

@@ -20,6 +20,7 @@ from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
 from ..errors import BadInputError, Blip3oError, MissingFilesError
+from ..units import format_bytes
 from .client import ConnectionTrouble, Hub, RemoteFile
 from .needed_files import (
     ALIASES,
@@ -37,7 +38,6 @@ __all__ = [
     "DownloadPlan",
     "PlannedFile",
     "ProgressCallback",
-    "format_bytes",
     "plan_download",
     "progress_bars",
     "resolve_repo",
@@ -240,7 +240,7 @@ def progress_bars(plan: DownloadPlan | None = None) -> Iterator[ProgressCallback
 
     One bar for the current file and, with a plan, one for the whole download.
     """
-    options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True}
+    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "dynamic_ncols": True}
     with contextlib.ExitStack() as stack:
         overall = None
         if plan:
@@ -264,18 +264,6 @@ def progress_bars(plan: DownloadPlan | None = None) -> Iterator[ProgressCallback
                 done[file] = bytes_done
 
         yield show
-
-
-def format_bytes(count: int) -> str:
-    """Bytes for people, in powers of 1000 as hub and disks count: 512 B, 3.4 MB, 16.6 GB."""
-    if count < 1000:
-        return f"{count} B"
-    value = count / 1000
-    for unit in ("KB", "MB", "GB"):
-        if value < 999.95:
-            return f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def _look_on_disk(

@@ -24,6 +24,7 @@ from ...blip3o_core.errors import WrongAdapterError
 from ...blip3o_core.lora.changes import CANONICAL, DIT, Change, split_key
 from ...blip3o_core.lora.files import BASE_KEY, WIDTH_KEY, LoraFile, dit_fingerprint, read_lora
 from ...blip3o_core.picture_files import component_fingerprint
+from ...blip3o_core.units import format_bytes
 from ..config import LoraConfig, to_tree
 from ..data.cache import template_hash
 
@@ -225,7 +226,7 @@ def inspect_lora(path: str | Path) -> dict[str, Any]:
 def describe(inspection: Mapping[str, Any]) -> str:
     """An inspection for people."""
     title = inspection["title"] or inspection["name"]
-    lines = [f"{title}  ({inspection['bytes'] / 1e6:.1f} MB, {', '.join(inspection['dtypes'])})"]
+    lines = [f"{title}  ({format_bytes(inspection['bytes'])}, {', '.join(inspection['dtypes'])})"]
     if inspection["trigger"]:
         strength = inspection["recommended_strength"]
         at = f", strength {strength:g}" if strength is not None else ""

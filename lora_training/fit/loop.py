@@ -27,8 +27,9 @@ from ...blip3o_core.lora.files import read_lora
 from ...blip3o_core.models.backbone import Backbone
 from ...blip3o_core.models.nextdit import NextDiT
 from ...blip3o_core.performance.recording import can_compile
+from ...blip3o_core.units import format_bytes
 from ..config import LoraConfig
-from ..memory import GIB, plan_step
+from ..memory import plan_step
 from ..prompts import preservation_prompts
 from ..records import Diverged, EventSink, Interrupted, OutOfMemory, StopCheck, TrainingData, Validation
 from .adapters import Adapter, attach
@@ -459,7 +460,7 @@ class _Fit:
             free = ""
             if self.device.type == "cuda":
                 left, whole = torch.cuda.mem_get_info(self.device)
-                free = f" {left / GIB:.1f} of {whole / GIB:.1f} GiB are free."
+                free = f" {format_bytes(left)} of {format_bytes(whole)} are free."
             raise OutOfMemory(
                 f"There is too little memory even for one sample with gradient checkpointing.{free}\n"
                 f"Close other programs, or choose a smaller adapter.rank. ({message.splitlines()[0]})"

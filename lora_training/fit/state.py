@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...blip3o_core.errors import Blip3oError
+from ...blip3o_core.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def save_state(folder: Path, state: State, *, keep: int) -> Path:
         size = sum(tensor.nbytes for tensor in [*state.adapter.values(), *tensors.values()])
         raise NoSpace(
             f'The state of step {state.step} could not be written to "{folder}": {reason}.\n'
-            f"It needs {size / 2**20:.0f} MiB. The states before it are intact: make room, then run the same command again."
+            f"It needs {format_bytes(size)}. The states before it are intact: make room, then run the same command again."
         ) from error
     _prune(folder, keep)
     return target

@@ -16,7 +16,7 @@ from ...blip3o_core.checkpoints.load import load_image_encoder
 from ...blip3o_core.images import from_pil, preprocess_for_image_encoder
 from ...blip3o_core.models.nextdit import NextDiT
 
-# Encoders up to this size are asked about colours at load; the published tower has 8.7 GB and is never read for a preview.
+# Encoders up to this size are asked about colours at load; the published tower has 8.1 GB and is never read for a preview.
 SMALL_ENCODER_BYTES = 64 * 2**20
 PROBES = 48
 RIDGE = 1e-2

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("generate", "vary", "ask", "caption", "info", "download", "convert", "verify-reference")
+COMMANDS = ("generate", "vary", "ask", "caption", "info", "download", "convert", "doctor", "verify-reference")
 QUICK = ["--steps", "2", "--pixel-steps", "2", "--quiet"]
 
 

@@ -5,7 +5,6 @@ import torch
 from comfyui_blip3o.blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import (
     CONTEXT_BYTES,
-    GIB,
     PROMPT_TOKENS,
     QUESTION_TOKENS,
     plan_memory,
@@ -13,6 +12,7 @@ from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import (
 from comfyui_blip3o.blip3o_core.drawing import sampling
 from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings, decode_features
 from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features
+from comfyui_blip3o.blip3o_core.units import GIB
 from pretended_device import DEVICE, Watch, like_a_gpu
 from published_shapes import published_networks, write_published_shapes
 from torch import Tensor, nn

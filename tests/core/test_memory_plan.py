@@ -9,7 +9,6 @@ from comfyui_blip3o.blip3o_core.checkpoints.layout import CheckpointFiles, open_
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_backbone, load_decoder, load_dit
 from comfyui_blip3o.blip3o_core.checkpoints.match import needed_tensors
 from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import (
-    GIB,
     WAYS,
     Way,
     measure_disk,
@@ -21,6 +20,7 @@ from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import (
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.errors import BadInputError
 from comfyui_blip3o.blip3o_core.performance.quantize import FORMATS, quantize_network
+from comfyui_blip3o.blip3o_core.units import GIB
 from comfyui_blip3o.cli import build_parser, main
 from published_shapes import write_published_shapes
 
@@ -99,7 +99,7 @@ def test_too_small_a_card_is_told_how_much_is_needed(published: CheckpointFiles)
     plan = plan_memory(published, 4 * GIB)
     assert not plan.fits
     assert "too small" in str(plan)
-    assert f"{plan.peak_bytes / GIB:.1f} GB" in str(plan)
+    assert f"{plan.peak_bytes / GIB:.2f} GB" in str(plan)
 
 
 def test_better_ways_need_more_memory(published: CheckpointFiles) -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.errors import TrainingDataError
-from comfyui_blip3o.lora_training.check import GIB, Report, check, duplicates
+from comfyui_blip3o.lora_training.check import Report, check, duplicates
 from comfyui_blip3o.lora_training.data.dataset import scan_dataset
 from PIL import Image, ImageDraw, ImageEnhance
 from training_sets import COLOURS, FAULTS, caption, config_of, drawing, write_set
@@ -227,7 +227,7 @@ def test_a_full_disk_is_an_error_before_the_run(tmp_path: Path, monkeypatch: pyt
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**7))
     (problem,) = check(config).errors
-    assert problem.kind == "disk" and "0.0 GB are free" in problem.text
+    assert problem.kind == "disk" and "9.5 MB are free" in problem.text
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -243,12 +243,12 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch
 
 def test_too_little_memory_is_told_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = config_of(write_set(tmp_path / "set", 6))
-    memory = psutil.virtual_memory()._replace(available=GIB // 2)
+    memory = psutil.virtual_memory()._replace(available=2**29)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     report = check(config)
     assert {problem.kind for problem in report.problems} == {"memory"}
-    assert all("0.5 GB are free" in problem.text for problem in report.problems)
-    assert "Memory, estimated (0.5 GB free):" in report.text()
+    assert all("512.0 MB are free" in problem.text for problem in report.problems)
+    assert "Memory, estimated (512.0 MB free):" in report.text()
 
 
 def test_a_device_that_is_not_there_is_told(tmp_path: Path):
