@@ -68,7 +68,7 @@ def test_a_graph_runs_with_nothing_downloaded(name: str):
 def test_all_our_nodes_but_the_file_ones_appear_in_a_graph():
     shown = {node["type"] for graph in GRAPHS.values() for node in graph["nodes"]}
     ours = {name for name in SCHEMAS if name.startswith(PREFIX)}
-    files = {"BLIP3oDownload", "BLIP3oSaveFeatures", "BLIP3oLoadFeatures", "BLIP3oOpenLora"}
+    files = {"BLIP3oDownload", "BLIP3oSaveFeatures", "BLIP3oLoadFeatures", "BLIP3oOpenLora", "BLIP3oDoctor"}
     assert ours - shown <= files
 
 
