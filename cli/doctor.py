@@ -7,20 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .options import command
+
 EXIT_WRONG = 1
 
 
 def add_doctor(commands: Any) -> None:
     """Add the command to the parsers of `blip3o`."""
-    text = "Is everything well? Versions, device and memory, checkpoints, a self-test; and what to do."
-    parser = commands.add_parser(
+    parser = command(
+        commands,
         "doctor",
-        help=text,
-        description=text,
-        epilog="Exit code 0: all is well. 1: something is wrong. --json names no folder, user or computer: paste it into a bug "
-        "report.",
+        run_doctor,
+        "Is everything well? Versions, device and memory, checkpoints, a self-test; and what to do.",
     )
-    parser.set_defaults(run_command=run_doctor)
+    parser.epilog = "Exit code 0: all is well. 1: something is wrong. --json names no folder, user or computer: paste it into a bug report."
     parser.add_argument(
         "folder",
         type=Path,

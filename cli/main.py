@@ -24,7 +24,7 @@ EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 verification failed, 2 a user can mend it, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 something is wrong, 2 a user can mend it, 130 interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     arguments = build_parser().parse_args(argv)
     try:
