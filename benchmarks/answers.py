@@ -12,7 +12,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from comfyui_blip3o.blip3o_core.language.answers import AnswerSettings, Turn, continue_rows, encode_chat
+from comfyui_blip3o.blip3o_core.language.answers import (
+    AnswerSettings,
+    MakeSteps,
+    Turn,
+    continue_rows,
+    encode_chat,
+)
 from comfyui_blip3o.blip3o_core.language.prefixes import KeptChat
 from comfyui_blip3o.blip3o_core.language.rows import EncodedRow, PixelLimits
 from comfyui_blip3o.blip3o_core.models.backbone import Backbone
@@ -20,7 +26,7 @@ from comfyui_blip3o.blip3o_core.performance import quantize
 from comfyui_blip3o.blip3o_core.performance.recorded_answers import AnswerRecorder, PlainSteps
 from comfyui_blip3o.blip3o_core.performance.recording import can_compile, record_cuda_graph
 from common import Limits, Mode, Row, compare, count_flops, pytorch_products
-from networks import Networks
+from networks import SizedPipeline
 from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
@@ -29,7 +35,7 @@ ANSWER_TOKENS = 32
 PICTURE_SIDE = {"tiny": 128, "middle": 448, "full": 896}
 
 
-def ask_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
+def ask_stage(networks: SizedPipeline, limits: Limits, rounds: int) -> list[Row]:
     """A question about a picture, 32 tokens of answer, against transformers' generate; and the chat's next turn."""
     tokenizer, backbone, device = networks.tokenizer, networks.backbone, networks.device
     tokenizer.__dict__["stop_tokens"] = frozenset()  # answers of one length in all modes
@@ -37,8 +43,11 @@ def ask_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
     row = encode_chat(backbone, tokenizer, [first], area)
     settings = AnswerSettings(max_new_tokens=ANSWER_TOKENS)
 
-    def answer(row: EncodedRow, kept: KeptChat | None = None) -> list[int]:
-        return continue_rows(backbone, tokenizer, [row], device=device, settings=settings, kept=kept)[0]
+    def answer(
+        row: EncodedRow, kept: KeptChat | None = None, make_steps: MakeSteps | None = None
+    ) -> list[int]:
+        options = {"device": device, "settings": settings, "kept": kept, "make_steps": make_steps}
+        return continue_rows(backbone, tokenizer, [row], **options)[0]
 
     def as_pytorch_multiplies() -> list[int]:
         with pytorch_products():
@@ -92,21 +101,13 @@ def question(size: str) -> tuple[Turn, PixelLimits]:
 
 
 def _recorded(
-    networks: Networks, answer: Callable[[EncodedRow], list[int]], row: EncodedRow, is_compiled: bool
+    networks: SizedPipeline, answer: Callable[[EncodedRow], list[int]], row: EncodedRow, is_compiled: bool
 ) -> Callable[[], list[int]]:
     recorder = AnswerRecorder(record_cuda_graph, is_compiled=is_compiled)
-
-    def run() -> list[int]:
-        networks.backbone.recorder = recorder
-        try:
-            return answer(row)
-        finally:
-            networks.backbone.recorder = None
-
-    return run
+    return lambda: answer(row, make_steps=recorder.steps)
 
 
-def _formats(networks: Networks) -> dict[str, Mode]:
+def _formats(networks: SizedPipeline) -> dict[str, Mode]:
     """The same 32 tokens after a short question, from the backbone in each format; what is compared are the last logits."""
     device = networks.device
     plain = networks.backbone
@@ -157,7 +158,7 @@ def _bytes_per_token(backbone: Backbone) -> int:
     )
 
 
-def _transformers_answer(networks: Networks, row: EncodedRow) -> Callable[[], list[int]]:
+def _transformers_answer(networks: SizedPipeline, row: EncodedRow) -> Callable[[], list[int]]:
     """transformers' own model around the same weights."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 

@@ -1,6 +1,6 @@
 """What the published sizes ask of a GPU, counted without one: bytes beside the weights, and kernels launched.
 
-Networks lie on PyTorch's "meta" device, where tensors have shapes but no numbers; attention and RMSNorm count as one
+SizedPipeline lie on PyTorch's "meta" device, where tensors have shapes but no numbers; attention and RMSNorm count as one
 kernel, as on a GPU. Libraries' own workspaces are not counted.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import PROMPT_TOKENS, QUESTION_TOKENS
-from comfyui_blip3o.blip3o_core.drawing import sampling
 from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings, decode_features
 from comfyui_blip3o.blip3o_core.drawing.presets import PRESETS
 from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features
+from comfyui_blip3o.blip3o_core.performance.fused_dit import PreparedRuns
 from common import ROOT
-from networks import QUERIES, Networks
+from networks import QUERIES, SizedPipeline
 from stages import plain_loop
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -45,7 +45,7 @@ class Count:
 
 def measure_counts() -> list[dict[str, Any]]:
     """The rows, for JSON."""
-    networks = Networks("full", DEVICE, torch.bfloat16)
+    networks = SizedPipeline("full", DEVICE, torch.bfloat16)
     dit, decoder, backbone = networks.dit, networks.decoder, networks.backbone
     decoder.to(memory_format=torch.channels_last)
     channels, width = dit.config.in_channels, dit.config.conditioning_dim
@@ -57,14 +57,10 @@ def measure_counts() -> list[dict[str, Any]]:
     settings, fast = FeatureSettings(), PRESETS["fast"].pixels
 
     def called() -> Tensor:
-        can_fuse, sampling.can_fuse = sampling.can_fuse, lambda dit: False
-        try:
-            return prepared()
-        finally:
-            sampling.can_fuse = can_fuse
+        return sample_features(dit, conditioning, noise=noise, settings=settings)
 
     def prepared() -> Tensor:
-        return sample_features(dit, conditioning, noise=noise, settings=settings)
+        return sample_features(dit, conditioning, noise=noise, settings=settings, prepare=PreparedRuns())
 
     def read(tokens: int, cache: DynamicCache | None) -> Tensor:
         positions = torch.empty(3, 1, tokens, dtype=torch.long, device=DEVICE)

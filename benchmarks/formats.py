@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from comfyui_blip3o.blip3o_core.devices import DTYPE_NAMES
+from comfyui_blip3o.blip3o_core.language.conditioning import encode_prompts
 from comfyui_blip3o.blip3o_core.performance.quantize import FORMATS, quantize_network
-from networks import Networks
+from networks import SizedPipeline
 from torch import Tensor, nn
 
 NAMES = ("bf16", "fp16", *FORMATS)
@@ -17,28 +18,27 @@ PROMPTS = ["a red circle left of a blue square", "two green triangles", "a yello
 
 
 @torch.no_grad()
-def measure_formats(networks: Networks) -> list[dict[str, Any]]:
+def measure_formats(networks: SizedPipeline) -> list[dict[str, Any]]:
     """Tiny: conditioning and image features of the trained model. Full: one random layer of each network at a time."""
     if networks.size == "tiny":
         return _whole(networks)
     return _layers(networks.device)
 
 
-def _whole(networks: Networks) -> list[dict[str, Any]]:
+def _whole(networks: SizedPipeline) -> list[dict[str, Any]]:
     backbone = networks.backbone
     seeds = list(range(len(PROMPTS)))
     conditioning = networks.encode_prompts(PROMPTS)
     features = networks.sample_features(conditioning, seeds)
     rows = []
     for name in NAMES:
-        networks._components["backbone"] = _in_format(copy.deepcopy(backbone), name, networks.device)
-        ours = networks.encode_prompts(PROMPTS).to(networks.dtype)
+        smaller = _in_format(copy.deepcopy(backbone), name, networks.device)
+        ours = encode_prompts(smaller, networks.tokenizer, PROMPTS, device=networks.device).to(networks.dtype)
         sampled = networks.sample_features(ours, seeds)
         rows += [
             _row("tiny, trained", "backbone: conditioning", name, ours, conditioning),
             _row("tiny, trained", "backbone: image features drawn with it", name, sampled, features),
         ]
-    networks._components["backbone"] = backbone
     return rows
 
 

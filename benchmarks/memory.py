@@ -18,7 +18,7 @@ from comfyui_blip3o.blip3o_core.drawing.presets import PRESETS
 from comfyui_blip3o.blip3o_core.language.answers import AnswerSettings, continue_rows, encode_chat
 from comfyui_blip3o.blip3o_core.units import GIB
 from common import Row
-from networks import Networks
+from networks import SizedPipeline
 from torch import Tensor
 
 ANSWER_TOKENS = 16
@@ -58,7 +58,7 @@ def memory_stage(size: str, device: torch.device, dtype: torch.dtype, rounds: in
         picture: Tensor | None = None
         for case in CASES[use]:
             options = {key: value for key, value in asdict(case.way).items() if key != "tiled"}
-            networks = Networks(size, device, dtype, **options).load(*USES[use])
+            networks = SizedPipeline(size, device, dtype, **options).load(*USES[use])
             row = Row(f"whole use: {use}", size, case.way.options or "everything on the device (plain)", None)
             row.note = f"plan: {planned(networks, use, case).peak_bytes / 1e9:.3g} GB, {CONTEXT_BYTES / 1e9:.2g} of it the driver's"
             if device.type == "cuda":
@@ -81,9 +81,9 @@ def memory_stage(size: str, device: torch.device, dtype: torch.dtype, rounds: in
     return rows
 
 
-def planned(networks: Networks, use: str, case: Case) -> MemoryPlan:
+def planned(networks: SizedPipeline, use: str, case: Case) -> MemoryPlan:
     """What the plan says about networks of this size."""
-    shapes = Networks(networks.size, torch.device("meta"), networks.dtype)
+    shapes = SizedPipeline(networks.size, torch.device("meta"), networks.dtype)
     tensors = {name: _infos(shapes._read(name, shapes.device)) for name in USES[use]}
     configs = {}
     if "decoder" in tensors:
@@ -122,7 +122,7 @@ def _measure(
     return made, statistics.median(times[1:]), peak
 
 
-def _draw(networks: Networks, way: Way) -> Tensor:
+def _draw(networks: SizedPipeline, way: Way) -> Tensor:
     """A picture on the CPU."""
     fast = PRESETS["fast"]
     features = networks.sample_features(
@@ -131,11 +131,11 @@ def _draw(networks: Networks, way: Way) -> Tensor:
     return networks.decode(features, [0], settings=replace(fast.pixels, tiled=way.tiled))
 
 
-def _answer(networks: Networks, way: Way) -> None:
+def _answer(networks: SizedPipeline, way: Way) -> None:
     tokenizer = networks.tokenizer
     tokenizer.__dict__["stop_tokens"] = frozenset()  # answers of one length in all ways
     turn, area = question(networks.size)
-    with networks._on_device("backbone") as backbone:
+    with networks.networks.use("backbone") as backbone:
         row = encode_chat(backbone, tokenizer, [turn], area)
         settings = AnswerSettings(max_new_tokens=ANSWER_TOKENS)
         continue_rows(backbone, tokenizer, [row], device=networks.device, settings=settings)

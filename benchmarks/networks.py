@@ -1,4 +1,4 @@
-"""Networks of three sizes: the built-in trained one, one that fits a CPU, and the published sizes with random weights.
+"""SizedPipeline of three sizes: the built-in trained one, one that fits a CPU, and the published sizes with random weights.
 
 Random ones are built on the device that runs them; no file is read.
 """
@@ -6,7 +6,7 @@ Random ones are built on the device that runs them; no file is read.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import common  # noqa: F401 - makes the package known
@@ -16,6 +16,7 @@ from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL, NextDiTConfig
 from comfyui_blip3o.blip3o_core.models.backbone import Backbone
 from comfyui_blip3o.blip3o_core.models.decoder import Decoder
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
+from comfyui_blip3o.blip3o_core.networks import Networks
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
 
 SIZES = ("tiny", "middle", "full")
@@ -42,35 +43,34 @@ UNET_LAYERS = {"middle": ([1, 1, 2], [3, 6, 12]), "full": ([1, 2, 10], [5, 10, 2
 VAES = {"middle": [32, 64, 128, 128], "full": [128, 256, 512, 512]}
 
 
-class Networks(Blip3oPipeline):
-    """A pipeline of one size; its parts come into being when first used.
+class SizedPipeline(Blip3oPipeline):
+    """A pipeline of one size; its networks come into being when first used.
 
     Args:
         size: one of SIZES; "tiny" reads the built-in checkpoint.
-        options: how networks are kept, see Blip3oPipeline.
+        options: how networks are kept, see blip3o_core.networks.Networks.
     """
 
     def __init__(self, size: str, device: torch.device, dtype: torch.dtype, **options: Any) -> None:
         # Tokenizer and noise schedule are the built-in model's in all sizes.
-        super().__init__(open_checkpoint(BUILT_IN_MODEL), dtype=dtype, device=device, **options)
+        files = open_checkpoint(BUILT_IN_MODEL)
+        holder = Networks if size == "tiny" else partial(RandomNetworks, size)
+        super().__init__(holder(files, dtype, device, **options))
         self.size = size
 
-    def _read(self, name: str, device: torch.device) -> torch.nn.Module:
-        if self.size == "tiny":
-            return super()._read(name, device)
+
+class RandomNetworks(Networks):
+    """Networks of a size with random weights."""
+
+    def __init__(self, size: str, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.size = size
+
+    def read(self, name: str, device: torch.device) -> torch.nn.Module:
         torch.manual_seed(0)
-        with _random_weights(self.device, self.dtype):  # a GPU draws them sooner, wherever they go then
+        with _random_weights(self.device, self.dtype):  # a GPU draws them faster, wherever they go then
             network = {"backbone": self._backbone, "dit": self._dit, "decoder": self._decoder}[name]()
         return network.to(device, self.dtype).eval().requires_grad_(False)
-
-    @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        side = round(QUERIES**0.5)
-        return self.dit.config.in_channels, side, side
-
-    @cached_property
-    def conditioning_dim(self) -> int:
-        return self.dit.config.conditioning_dim
 
     def _dit(self) -> NextDiT:
         dit = NextDiT(DITS[self.size])

@@ -114,11 +114,11 @@ def run_stage(stage: str, size: str, arguments: argparse.Namespace) -> dict:
     """Rows of a stage, or the tables of one that compares qualities."""
     import answers
     import stages
-    from networks import Networks
+    from networks import SizedPipeline
 
     device = torch.device(arguments.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    networks, rounds = Networks(size, device, dtype), arguments.rounds
+    networks, rounds = SizedPipeline(size, device, dtype), arguments.rounds
     if stage == "quality":
         from quality import measure_quality, quality_json
 

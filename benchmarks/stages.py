@@ -9,19 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import torch
-from comfyui_blip3o.blip3o_core.drawing import sampling
 from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings, decode_features
 from comfyui_blip3o.blip3o_core.drawing.flow import sigma_schedule, whole_timesteps
 from comfyui_blip3o.blip3o_core.drawing.presets import PRESETS
-from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features, to_tokens
+from comfyui_blip3o.blip3o_core.drawing.sampling import CachedDiT, FeatureSettings, sample_features, to_tokens
 from comfyui_blip3o.blip3o_core.language import prefixes
 from comfyui_blip3o.blip3o_core.models.decoder import Decoder
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
+from comfyui_blip3o.blip3o_core.performance.fused_dit import PreparedRuns
 from comfyui_blip3o.blip3o_core.performance.recording import (
     StepRecorder,
     can_compile,
@@ -29,7 +27,7 @@ from comfyui_blip3o.blip3o_core.performance.recording import (
     record_cuda_graph,
 )
 from common import ROOT, Limits, Mode, Row, compare, count_flops, pytorch_products, weight_bytes
-from networks import QUERIES, Networks
+from networks import QUERIES, SizedPipeline
 from torch import Tensor
 
 PROMPTS = [
@@ -39,7 +37,7 @@ PROMPTS = [
 ]
 
 
-def encode_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
+def encode_stage(networks: SizedPipeline, limits: Limits, rounds: int) -> list[Row]:
     """Eight prompts: one at a time, as a batch, and with their common beginning computed once."""
     flops = count_flops(lambda: networks.encode_prompts(PROMPTS[0]))
     moved = weight_bytes(networks.backbone.text) / len(PROMPTS)
@@ -80,29 +78,25 @@ def plain_loop(dit: NextDiT, conditioning: Tensor, noise: Tensor, settings: Feat
     return to_tokens(grid)
 
 
-def sampling_stage(networks: Networks, limits: Limits, rounds: int, batch: int = 1) -> list[Row]:
+def sampling_stage(networks: SizedPipeline, limits: Limits, rounds: int, batch: int = 1) -> list[Row]:
     """30 steps with guidance: the published loop, the context kept, everything prepared, and diffusers' blocks."""
     dit, device, dtype = networks.dit, networks.device, networks.dtype
     generator = torch.Generator().manual_seed(0)
-    conditioning = torch.randn(batch, QUERIES, networks.conditioning_dim, generator=generator)
+    conditioning = torch.randn(batch, QUERIES, networks.dit.config.conditioning_dim, generator=generator)
     conditioning = conditioning.to(device, dtype)
     noise = torch.randn(batch, *networks.noise_shape, generator=generator).to(device)
     settings = FeatureSettings()
 
-    def ours(*, is_prepared: bool) -> Tensor:
-        with nullcontext() if is_prepared else mock.patch.object(sampling, "can_fuse", lambda dit: False):
-            return sample_features(dit, conditioning, noise=noise, settings=settings)
+    def ours(*, is_prepared: bool, recorder: StepRecorder | None = None) -> Tensor:
+        prepare = PreparedRuns(recorder) if is_prepared else CachedDiT
+        return sample_features(dit, conditioning, noise=noise, settings=settings, prepare=prepare)
 
     def with_pytorchs_products(run: Callable[[], Tensor]) -> Tensor:
         with pytorch_products():
             return run()
 
     def recorded(recorder: StepRecorder) -> Tensor:
-        dit.recorder = recorder
-        try:
-            return ours(is_prepared=True)
-        finally:
-            dit.recorder = None
+        return ours(is_prepared=True, recorder=recorder)
 
     flops = count_flops(lambda: ours(is_prepared=False)) / batch
     moved = settings.steps * weight_bytes(dit) / batch
@@ -137,7 +131,7 @@ def sampling_stage(networks: Networks, limits: Limits, rounds: int, batch: int =
 
 
 def _diffusers_loop(
-    networks: Networks, conditioning: Tensor, noise: Tensor, settings: FeatureSettings
+    networks: SizedPipeline, conditioning: Tensor, noise: Tensor, settings: FeatureSettings
 ) -> Callable[[], Tensor]:
     from diffusers import LuminaNextDiT2DModel
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
@@ -175,7 +169,7 @@ def _diffusers_loop(
     return run
 
 
-def decode_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
+def decode_stage(networks: SizedPipeline, limits: Limits, rounds: int) -> list[Row]:
     """One picture: the published 50 steps, the fast preset, and what was tried on top of it."""
     decoder, device = networks.decoder, networks.device
     generator = torch.Generator().manual_seed(0)
@@ -185,7 +179,9 @@ def decode_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
     shape = networks.latent_shape(fast)
     noise = torch.randn(4, *shape, generator=generator).to(device)
 
-    first = Networks(networks.size, device, networks.dtype).decoder.to(memory_format=torch.contiguous_format)
+    first = SizedPipeline(networks.size, device, networks.dtype).decoder.to(
+        memory_format=torch.contiguous_format
+    )
 
     def decode(settings: PixelSettings, count: int = 1, by: Decoder = decoder) -> Tensor:
         return decode_features(by, features[:count], noise=noise[:count], settings=settings)
@@ -212,7 +208,7 @@ def decode_stage(networks: Networks, limits: Limits, rounds: int) -> list[Row]:
         ),
     }
     if can_compile(device):
-        compiled = Networks(networks.size, device, networks.dtype)
+        compiled = SizedPipeline(networks.size, device, networks.dtype)
         compile_network(compiled.decoder.unet, device)
         modes["fast preset, compiled"] = Mode(
             *(lambda: decode(fast, by=compiled.decoder), 1, flops, fast.steps * unet_bytes, note),

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checkpoints.keys import COMPONENTS
-from .checkpoints.layout import CheckpointFiles, open_checkpoint
-from .checkpoints.load import load_backbone, load_decoder, load_dit, load_image_encoder
-from .checkpoints.match import needed_tensors
-from .checkpoints.safetensor_files import read_tensors
+from .checkpoints.layout import open_checkpoint
 from .devices import pick_device, pick_dtype
-from .drawing.decoding import PixelCallback, PixelSettings, decode_features, picture_size
-from .drawing.noise import MAX_SEED, PublishedNoise, SeededNoise, item_seeds, seeded_noise
-from .drawing.presets import PRESETS, Generation
-from .drawing.sampling import FeatureSettings, StepCallback, check_range, sample_features
-from .errors import BadInputError
-from .images import (
-    fit_size,
-    from_pil,
-    preprocess_for_image_encoder,
-    to_pixels,
-)
+from .drawing.decoding import PixelCallback, PixelSettings, PixelStart, decode_features, picture_size
+from .drawing.noise import MAX_SEED, PublishedNoise, SeededNoise, seeded_noise
+from .drawing.presets import Generation
+from .drawing.request import PUBLISHED_NEGATIVE_PROMPT, DrawRequest
+from .drawing.sampling import FeatureSettings, FeatureStart, StepCallback, sample_features
+from .errors import BadInputError, check_range
+from .images import fit_size, from_pil, preprocess_for_image_encoder, to_pixels
 from .language.prompts import SYSTEM_PROMPT, TextTokenizer
-from .lora.changes import Change, apply_changes
-from .lora.files import LoraFile, check_fit, dit_fingerprint, other_base, read_lora
-from .performance.linear import use_onednn
-from .performance.offload import stream_layers, visit
-from .performance.quantize import check_format, quantize_network
-from .performance.recording import compile_dit, compile_network
+from .lora.files import LoraFile
+from .networks import LoadedLora, NetworkLender, Networks
+from .performance.quantize import check_format
 
 if TYPE_CHECKING:  # transformers and diffusers are imported only when their component is loaded
     from .language.answers import AnswerSettings, TextCallback, Turn
@@ -48,71 +34,33 @@ if TYPE_CHECKING:  # transformers and diffusers are imported only when their com
     from .models.eva_clip import EvaClip
     from .models.nextdit import NextDiT
 
-logger = logging.getLogger(__name__)
-
-# Published code steers the decoder away from features drawn for a bare space, without the chat template.
-PUBLISHED_NEGATIVE_PROMPT = " "
 CACHED_NEGATIVES = 8
-LARGE_NETWORKS = ("backbone", "image_encoder")
 # Pictures in one call of the image encoder: its activations grow with every one.
 ENCODED_AT_ONCE = 8
 
 
-@dataclass(frozen=True)
-class LoadedLora:
-    """A LoRA that a pipeline draws with.
-
-    Attributes:
-        source: relative path it was loaded from, or its name alone: pictures remember it, and tell no one's folders.
-        strength: 1 = as trained.
-        changes: by network and key of its state_dict.
-    """
-
-    file: LoraFile
-    source: str
-    strength: float
-    changes: dict[str, dict[str, Change]]
-
-
 class Blip3oPipeline:
-    """A checkpoint folder, ready to draw and to look. Components are loaded when first used.
+    """A checkpoint, ready to draw and to look.
 
     Args:
-        files: an opened checkpoint, see open_checkpoint.
-        dtype: of the weights and the networks' arithmetic; the sampling loops always sum in float32.
-        device: where networks compute.
-        offload: keep networks in host memory; copies visit the device while they work.
-        quantize: format of the linear layers of backbone and image encoder, a name in quantize.FORMATS; None = dtype.
-        stream: keep backbone and image encoder in host memory for good, see stream_layers.
-        compile: on a CUDA GPU, record the steps of the DiT and, unless the backbone moves, of answers as CUDA graphs; and
-            torch.compile them and the UNet where that works.
+        networks: who holds the networks and lends them; Networks reads them from the checkpoint's files.
     """
 
-    def __init__(
-        self,
-        files: CheckpointFiles,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        offload: bool = False,
-        quantize: str | None = None,
-        stream: bool = False,
-        compile: bool = False,
-    ) -> None:
-        self.files = files
-        self.dtype = dtype
-        self.device = device
-        self.offload = offload
-        self.quantize = quantize
-        self.compile = compile and device.type == "cuda"
-        if compile and not self.compile:
-            logger.warning("compile has nothing to gain without a CUDA GPU; going on without it")
-        self._components: dict[str, nn.Module] = {}
-        self._streamed: set[str] = set(LARGE_NETWORKS if stream else ())
+    def __init__(self, networks: NetworkLender) -> None:
+        self.networks = networks
+        self.files = networks.files
         self._tokenizer: TextTokenizer | None = None
         self._negatives: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._kept_chat: KeptChat | None = None
-        self._loras: list[LoadedLora] = []
+        self._known_changes = networks.changes
+
+    @property
+    def device(self) -> torch.device:
+        return self.networks.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.networks.dtype
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -122,92 +70,44 @@ class Blip3oPipeline:
 
     @property
     def backbone(self) -> Backbone:
-        return self._component("backbone")
+        return self.networks.get("backbone")
 
     @property
     def dit(self) -> NextDiT:
-        return self._component("dit")
+        return self.networks.get("dit")
 
     @property
     def image_encoder(self) -> EvaClip:
-        return self._component("image_encoder")
+        return self.networks.get("image_encoder")
 
     @property
     def decoder(self) -> Decoder:
-        return self._component("decoder")
+        return self.networks.get("decoder")
 
     def load(self, *components: str) -> Blip3oPipeline:
         """Load components now instead of at their first use; all that draw when none is named."""
         for component in components or ("backbone", "dit", "decoder"):
-            self._component(component)
+            self.networks.get(component)
         return self
 
     def unload(self, *components: str) -> None:
         """Forget components (all when none is named); they are read again when next used."""
-        for component in components or COMPONENTS:
-            self._forget(component)
-            if component == "backbone":
-                self._kept_chat = None
-
-    def stream(self, component: str) -> Blip3oPipeline:
-        """Keep a network in host memory from now on; each layer is on the device only while it computes.
-
-        For encoding on a device that is too small for the whole network: every call moves all weights once. Answers,
-        with a call for each word, are written sooner on the CPU.
-
-        Args:
-            component: backbone or image_encoder.
-        """
-        assert component in LARGE_NETWORKS, component
-        self.unload(component)
-        self._streamed.add(component)
-        return self
-
-    # LoRAs
+        self.networks.unload(*components)
+        if not components or "backbone" in components:
+            self._kept_chat = None
 
     @property
     def loras(self) -> tuple[LoadedLora, ...]:
         """The LoRAs that change the networks, in the order they were loaded."""
-        return tuple(self._loras)
+        return self.networks.loras
 
     def load_lora(self, lora: str | Path | LoraFile, strength: float = 1.0) -> LoadedLora:
-        """Draw with a LoRA, besides those already loaded. Sums are float32; a network keeps its dtype.
-
-        Args:
-            lora: a .safetensors file, a PEFT folder, or what read_lora gave.
-            strength: 1 = as trained, 0 = off; negative values push the other way.
-
-        Raises:
-            MissingFilesError, WrongAdapterError: see read_lora and check_fit.
-        """
-        check_range("strength of a LoRA", strength, -100, 100)
-        file = lora if isinstance(lora, LoraFile) else read_lora(lora)
-        tensors = {
-            name: needed_tensors(self.files, name)
-            for name in ("dit", "backbone")
-            if self.files.has_component(name)
-        }
-        shapes = {name: {key: info.shape for key, info in infos.items()} for name, infos in tensors.items()}
-        is_near = not isinstance(lora, LoraFile) and not Path(lora).is_absolute()
-        source = Path(lora).as_posix() if is_near else file.name
-        loaded = LoadedLora(file, source, strength, check_fit(file, shapes))
-        note = other_base(file, lambda: dit_fingerprint(dict(read_tensors(tensors["dit"]))))
-        if note:
-            logger.warning(note)
-        self._change_loras([*self._loras, loaded])
-        return loaded
+        """Draw with a LoRA, besides those already loaded; see Networks.load_lora."""
+        return self._own_networks.load_lora(lora, strength)
 
     def unload_loras(self) -> None:
         """Draw as the checkpoint does."""
-        self._change_loras([])
-
-    def _change_loras(self, loras: list[LoadedLora]) -> None:
-        # Networks are read again with all their LoRAs when next used: no second copy of the weights is kept.
-        for name in {name for each in (*self._loras, *loras) for name in each.changes}:
-            self._forget(name)
-        self._negatives.clear()
-        self._kept_chat = None
-        self._loras = loras
+        self._own_networks.unload_loras()
 
     # Drawing
 
@@ -222,7 +122,7 @@ class Blip3oPipeline:
         from .language.conditioning import encode_prompts
 
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        with self._on_device("backbone") as backbone:
+        with self.networks.use("backbone") as backbone:
             return encode_prompts(
                 backbone, self.tokenizer, prompts, images, device=self.device, use_template=use_template
             )
@@ -235,9 +135,7 @@ class Blip3oPipeline:
         settings: FeatureSettings | None = None,
         noise: Tensor | None = None,
         negative_conditioning: Tensor | None = None,
-        start_features: Tensor | None = None,
-        strength: float = 1.0,
-        mask: Tensor | None = None,
+        start: FeatureStart | None = None,
         on_step: StepCallback | None = None,
     ) -> Tensor:
         """Image features (B, N, channels), float32, of conditioning (B, Q, C).
@@ -247,33 +145,36 @@ class Blip3oPipeline:
 
         The rest as in sampling.sample_features.
         """
-        with self._on_device("dit") as dit:
+        with self.networks.use("dit") as dit:
             if noise is None:
-                noise = seeded_noise(seeds, self.noise_shape)
+                noise = seeded_noise(_given(seeds), self.noise_shape)
             return sample_features(
                 dit,
                 conditioning.to(self.device, self.dtype),
                 noise=noise.to(self.device),
                 settings=settings,
                 negative_conditioning=negative_conditioning,
-                start_features=start_features,
-                strength=strength,
-                mask=mask,
+                start=start,
                 on_step=on_step,
+                prepare=self.networks.prepare_run,
             )
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(channels, H, W) of the feature grid: as many cells as latent queries."""
-        tensors = self.files.component_tensors("backbone")
-        queries = tensors["latent_queries"].shape[1]
+        queries = self.files.component_tensors("backbone")["latent_queries"].shape[1]
         side = round(queries**0.5)
         return self.dit.config.in_channels, side, side
 
+    def picture_size(self, settings: PixelSettings) -> tuple[int, int]:
+        """(height, width) of the pictures that the decoder draws; see decoding.picture_size."""
+        decoder = self.decoder
+        return picture_size(decoder.unet.config, decoder.vae.config, settings)
+
     def latent_shape(self, settings: PixelSettings) -> tuple[int, int, int]:
         """(channels, H, W) of the decoder's latents for a picture size."""
+        height, width = self.picture_size(settings)
         decoder = self.decoder
-        height, width = picture_size(decoder, settings)
         return decoder.latent_channels, height // decoder.vae_scale, width // decoder.vae_scale
 
     def negative_features(
@@ -295,10 +196,11 @@ class Blip3oPipeline:
         settings = settings or FeatureSettings()
         if seed is not None:
             check_range("seed", seed, 0, MAX_SEED)
+        self._forget_what_is_old()
         key = (prompt, seed, settings)
         if key not in self._negatives:
             conditioning = self.encode_prompts(prompt, use_template=bool(prompt.strip()))
-            noise = seeded_noise([seed], self.noise_shape) if draw_noise is None else draw_noise()
+            noise = draw_noise() if draw_noise else seeded_noise([_given(seed)], self.noise_shape)
             self._negatives[key] = self.sample_features(conditioning, settings=settings, noise=noise)
             while len(self._negatives) > CACHED_NEGATIVES:
                 self._negatives.popitem(last=False)
@@ -313,8 +215,7 @@ class Blip3oPipeline:
         settings: PixelSettings | None = None,
         noise: Tensor | None = None,
         negative_features: Tensor | None = None,
-        start_images: Tensor | None = None,
-        strength: float = 1.0,
+        start: PixelStart | None = None,
         on_step: PixelCallback | None = None,
     ) -> Tensor:
         """Pictures (B, H, W, 3), float32 in [0, 1] on the CPU, of image features (B, N, channels).
@@ -322,161 +223,49 @@ class Blip3oPipeline:
         Args:
             seeds: one for each row; or give `noise` (B, 4, H/8, W/8).
             negative_features: (B or 1, N, channels); None = zeros.
-            start_images: pictures to start from, (B or 1, H, W, 3) in [0, 1], of the size to draw.
-            strength: 1 = ignore start_images, 0 = keep them.
+            start: latents to start from, see encode_latents.
         """
         settings = settings or PixelSettings()
-        with self._on_device("decoder") as decoder:
+        with self.networks.use("decoder") as decoder:
             if noise is None:
-                noise = seeded_noise(seeds, self.latent_shape(settings))
-            start_latents = None
-            if start_images is not None:
-                with torch.no_grad():
-                    start_latents = decoder.encode_latents(to_pixels(start_images.to(self.device)))
+                noise = seeded_noise(_given(seeds), self.latent_shape(settings))
             pictures = decode_features(
                 decoder,
                 image_features.to(self.device),
                 noise=noise.to(self.device),
                 settings=settings,
                 negative_features=negative_features,
-                start_latents=start_latents,
-                strength=strength,
+                start=start,
                 on_step=on_step,
+                before_step=self.networks.before_step,
             )
         return pictures.permute(0, 2, 3, 1).cpu()
+
+    @torch.no_grad()
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Latents (B, 4, H/8, W/8) of pictures (B, H, W, 3) in [0, 1], of the size to draw."""
+        with self.networks.use("decoder") as decoder:
+            return decoder.encode_latents(to_pixels(images.to(self.device)))
 
     def generate(
         self,
         prompts: str | Sequence[str],
         *,
-        images: Sequence[Sequence[Image.Image]] | None = None,
-        images_per_prompt: int = 1,
-        seed: int = 0,
-        pixel_seed: int | None = None,
-        preset: str = "standard",
-        features: FeatureSettings | None = None,
-        pixels: PixelSettings | None = None,
-        negative_prompt: str | None = None,
-        pixel_negative: str | None = PUBLISHED_NEGATIVE_PROMPT,
-        pixel_negative_seed: int = 0,
-        start_features: Tensor | None = None,
-        start_images: Sequence[Image.Image] | None = None,
-        strength: float = 1.0,
-        batch_size: int = 8,
         on_feature_step: StepCallback | None = None,
         on_pixel_step: PixelCallback | None = None,
+        **options: Any,
     ) -> Generation:
-        """Draw pictures from prompts; picture i (prompt by prompt) uses seed + i and equals the same picture drawn alone.
+        """Draw pictures from prompts.
 
         Args:
-            images: pictures inside each prompt (reconstruct, edit instructions).
-            pixel_seed: seed of the decoder's noise; None = the feature seed.
-            preset: a name in PRESETS; `features` and `pixels` replace its settings.
-            negative_prompt: steers the features; None = all zeros as published.
-            pixel_negative: prompt whose features the decoder steers away from; None = zeros.
-            start_features: features to start from, strength below 1 stays near them (semantic image to image).
-            start_images: pictures whose latents the decoder starts from; with start_features absent, `strength` counts here.
-            batch_size: most pictures in one network call.
-            on_feature_step, on_pixel_step: see sample_features and decode; called for each batch anew.
+            on_feature_step, on_pixel_step: see draw.
+            options: fields of DrawRequest.
 
         Raises:
-            BadInputError: an empty prompt, an unknown preset, or an impossible setting.
+            BadInputError: see DrawRequest.
         """
-        if preset not in PRESETS:
-            raise BadInputError(f'There is no preset "{preset}"; choose one of {", ".join(PRESETS)}.')
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        check_range("images_per_prompt", images_per_prompt, 1, 10_000)
-        check_range("batch_size", batch_size, 1, 10_000)
-        features, pixels = features or PRESETS[preset].features, pixels or PRESETS[preset].pixels
-        total = len(prompts) * images_per_prompt
-        seeds = item_seeds(seed, total)
-        pixel_seeds = item_seeds(seed if pixel_seed is None else pixel_seed, total)
-        for word, starts in (("features", start_features), ("images", start_images)):
-            if starts is not None and len(starts) not in (1, total):
-                raise BadInputError(
-                    f"There are {len(starts)} start {word} for {total} pictures.\nGive one, or one for each picture."
-                )
-        conditioning = self.encode_prompts(prompts, images).repeat_interleave(images_per_prompt, dim=0)
-        negative_conditioning = None if negative_prompt is None else self.encode_prompts(negative_prompt)
-        is_published = PRESETS[preset].is_published
-        noise = PublishedNoise(seeds) if is_published else SeededNoise(seeds, pixel_seeds)
-        sampled = torch.cat(
-            [
-                self.sample_features(
-                    conditioning[rows],
-                    settings=features,
-                    noise=noise.features(rows, self.noise_shape),
-                    negative_conditioning=negative_conditioning,
-                    start_features=_rows(start_features, rows),
-                    strength=strength if start_features is not None else 1.0,
-                    on_step=on_feature_step,
-                )
-                for rows in _batches(total, batch_size)
-            ]
-        )
-        away = None
-        if pixel_negative is not None and pixels.guidance_scale != 1:
-            away = self.negative_features(
-                pixel_negative,
-                seed=None if is_published else pixel_negative_seed,
-                settings=features,
-                draw_noise=(lambda: noise.negative(self.noise_shape)) if is_published else None,
-            )
-        start = None
-        if start_images is not None:
-            height, width = picture_size(self.decoder, pixels)
-            start = from_pil([fit_size(picture, width, height) for picture in start_images])
-        pictures = torch.cat(
-            [
-                self.decode(
-                    sampled[rows],
-                    settings=pixels,
-                    noise=noise.latents(rows, self.latent_shape(pixels)),
-                    negative_features=away,
-                    start_images=_rows(start, rows),
-                    strength=strength if start_features is None else 1.0,
-                    on_step=on_pixel_step,
-                )
-                for rows in _batches(total, batch_size)
-            ]
-        )
-        used = {
-            "preset": preset,
-            "features": asdict(features),
-            "pixels": {**asdict(pixels), "height": pictures.shape[1], "width": pictures.shape[2]},
-            "negative_prompt": negative_prompt,
-            "pixel_negative": pixel_negative,
-            "pixel_negative_seed": pixel_negative_seed,
-            "strength": strength,
-            "loras": self._describe_loras(),
-            # Whoever draws the picture again must bring these along: a PNG does not keep them.
-            "made_from_pictures": [
-                place
-                for place, is_given in (
-                    ("prompt", images is not None and any(images)),
-                    ("start", start_images is not None),
-                    ("features", start_features is not None),
-                )
-                if is_given
-            ],
-        }
-        each = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-        return Generation(pictures, sampled.cpu(), each, seeds, pixel_seeds, used)
-
-    @torch.no_grad()
-    def encode_images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Image features (B, N, channels), float32, of pictures through EVA-CLIP."""
-        if not pictures:
-            raise BadInputError("There is no picture to encode.\nGive at least one.")
-        with self._on_device("image_encoder") as encoder:
-            size = encoder.config.image_size
-            grids = []
-            for rows in _batches(len(pictures), ENCODED_AT_ONCE):
-                pixels = torch.stack(
-                    [preprocess_for_image_encoder(picture, size) for picture in pictures[rows]]
-                )
-                grids.append(encoder(pixels.to(self.device, self.dtype)))
-        return torch.cat(grids).flatten(2).transpose(1, 2).float()
+        request = DrawRequest((prompts,) if isinstance(prompts, str) else tuple(prompts), **_tuples(options))
+        return self._draw_all(request, on_feature_step, on_pixel_step)
 
     def vary(
         self,
@@ -485,59 +274,114 @@ class Blip3oPipeline:
         prompt: str | None = None,
         strength: float = 0.6,
         count: int = 1,
-        seed: int = 0,
-        pixel_seed: int | None = None,
-        preset: str = "standard",
-        features: FeatureSettings | None = None,
-        pixels: PixelSettings | None = None,
-        batch_size: int = 8,
         on_feature_step: StepCallback | None = None,
         on_pixel_step: PixelCallback | None = None,
+        **options: Any,
     ) -> Generation:
-        """New pictures from old ones: their EVA-CLIP features decoded anew.
+        """New pictures from old ones, through their EVA-CLIP features.
 
         Args:
             prompt: None redraws each picture as it is; a text moves the features towards it (semantic image to image).
             strength: how far towards the prompt, 0 to 1; not read without a prompt.
             count: pictures drawn for each input.
+            on_feature_step, on_pixel_step: see draw.
+            options: further fields of DrawRequest.
         """
-        encoded = self.encode_images(pictures).repeat_interleave(count, dim=0)
-        if prompt is not None:
-            return self.generate(
-                [prompt] * len(encoded),
-                seed=seed,
-                pixel_seed=pixel_seed,
-                preset=preset,
-                features=features,
-                pixels=pixels,
-                start_features=encoded,
-                strength=strength,
-                batch_size=batch_size,
-                on_feature_step=on_feature_step,
-                on_pixel_step=on_pixel_step,
-            )
-        pixels = pixels or PRESETS[preset].pixels
-        pixel_seeds = item_seeds(seed if pixel_seed is None else pixel_seed, len(encoded))
-        away = self.negative_features() if pixels.guidance_scale != 1 else None
-        drawn = [
-            self.decode(
-                encoded[rows],
-                pixel_seeds[rows],
+        request = DrawRequest(
+            (prompt or "",) * len(pictures),
+            start_pictures=tuple(pictures),
+            strength=strength,
+            images_per_prompt=count,
+            **options,
+        )
+        return self._draw_all(request, on_feature_step, on_pixel_step)
+
+    def draw(
+        self,
+        request: DrawRequest,
+        *,
+        on_feature_step: StepCallback | None = None,
+        on_pixel_step: PixelCallback | None = None,
+    ) -> Iterator[Generation]:
+        """The pictures of a request, batch by batch, each batch as soon as it is drawn.
+
+        With offload, DiT and decoder take turns on the device: a batch takes many times as long as bringing them there.
+
+        Args:
+            on_feature_step, on_pixel_step: see sample_features and decode; called for each batch.
+        """
+        features, pixels = _given(request.features), _given(request.pixels)
+        start_features = request.start_features
+        if request.start_pictures:
+            start_features = self.encode_images(request.start_pictures)
+            start_features = start_features.repeat_interleave(request.images_per_prompt, dim=0)
+        conditioning = negative = None
+        if request.samples:
+            conditioning = self._encode_in_batches(request)
+            if request.negative_prompt is not None:
+                negative = self.encode_prompts(request.negative_prompt)
+        start_images = None
+        if request.start_images:
+            height, width = self.picture_size(pixels)
+            start_images = from_pil([fit_size(picture, width, height) for picture in request.start_images])
+        noise: PublishedNoise | SeededNoise = SeededNoise(request.seeds, request.pixel_seeds)
+        if request.is_published:
+            noise = PublishedNoise(request.seeds)
+        prompts = [prompt for prompt in request.prompts for _ in range(request.images_per_prompt)]
+        loras = [
+            {"file": each.source, "hash": each.file.fingerprint, "strength": each.strength}
+            for each in self.loras
+        ]
+        for rows in request.batches:
+            begun = _rows(start_features, rows)
+            if conditioning is None:
+                sampled = _given(begun)
+            else:
+                places = [place // request.images_per_prompt for place in range(rows.start, rows.stop)]
+                sampled = self.sample_features(
+                    conditioning[places],
+                    settings=features,
+                    noise=noise.features(rows, self.noise_shape),
+                    negative_conditioning=negative,
+                    start=None if begun is None else FeatureStart(begun, request.strength),
+                    on_step=on_feature_step,
+                )
+            # Before the latents' noise: the published preset draws all of a picture's noise in this order.
+            negative_features = self._decoder_negative(request, noise)
+            start = None
+            if start_images is not None:
+                strength = 1.0 if request.has_feature_start else request.strength
+                start = PixelStart(self.encode_latents(_given(_rows(start_images, rows))), strength)
+            images = self.decode(
+                sampled,
                 settings=pixels,
-                negative_features=away,
+                noise=noise.latents(rows, self.latent_shape(pixels)),
+                negative_features=negative_features,
+                start=start,
                 on_step=on_pixel_step,
             )
-            for rows in _batches(len(encoded), batch_size)
-        ]
-        seeds = item_seeds(seed, len(encoded))
-        used = {
-            "preset": preset,
-            "pixels": asdict(pixels),
-            "pixel_negative": PUBLISHED_NEGATIVE_PROMPT,
-            "loras": self._describe_loras(),
-            "made_from_pictures": ["features"],
-        }
-        return Generation(torch.cat(drawn), encoded.cpu(), [""] * len(encoded), seeds, pixel_seeds, used)
+            yield Generation(
+                images,
+                sampled.cpu(),
+                prompts[rows],
+                request.seeds[rows],
+                request.pixel_seeds[rows],
+                request.note((images.shape[1], images.shape[2]), loras),
+            )
+
+    @torch.no_grad()
+    def encode_images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Image features (B, N, channels), float32, of pictures through EVA-CLIP."""
+        if not pictures:
+            raise BadInputError("There is no picture to encode.\nGive at least one.")
+        with self.networks.use("image_encoder") as encoder:
+            size = encoder.config.image_size
+            grids = []
+            for first in range(0, len(pictures), ENCODED_AT_ONCE):
+                few = pictures[first : first + ENCODED_AT_ONCE]
+                pixels = torch.stack([preprocess_for_image_encoder(picture, size) for picture in few])
+                grids.append(encoder(pixels.to(self.device, self.dtype)))
+        return torch.cat(grids).flatten(2).transpose(1, 2).float()
 
     # Looking
 
@@ -613,16 +457,18 @@ class Blip3oPipeline:
         if not chats:
             raise BadInputError("There is no question to answer.\nGive at least one question or picture.")
         limits = pixel_limits(self.files.folder, min_pixels, max_pixels)
-        with self._on_device("backbone") as backbone:
+        with self.networks.use("backbone") as backbone:
             rows = [encode_chat(backbone, self.tokenizer, turns, limits, system_prompt) for turns in chats]
+            self._forget_what_is_old()
             if self._kept_chat is None:
-                self._kept_chat = KeptChat(is_put_away=self.offload)
+                self._kept_chat = KeptChat(is_put_away=self.networks.leave_device)
             return write_answers(
                 *(backbone, self.tokenizer, rows),
                 device=self.device,
                 settings=settings,
                 on_text=on_text,
                 kept=self._kept_chat,
+                make_steps=self.networks.answer_steps,
             )
 
     def choose(
@@ -643,7 +489,7 @@ class Blip3oPipeline:
             if choice in choices[:place]:
                 raise BadInputError(f'The choice "{choice}" is there twice.\nGive each choice once.')
         row = self._question_row(question, images, min_pixels, max_pixels)
-        with self._on_device("backbone") as backbone:
+        with self.networks.use("backbone") as backbone:
             scores = choice_log_probabilities(backbone, self.tokenizer, row, choices, device=self.device)
         return dict(zip(choices, scores.softmax(0).tolist(), strict=True))
 
@@ -659,7 +505,7 @@ class Blip3oPipeline:
         from .language.answers import yes_probability
 
         row = self._question_row(question, images, min_pixels, max_pixels)
-        with self._on_device("backbone") as backbone:
+        with self.networks.use("backbone") as backbone:
             return yes_probability(backbone, self.tokenizer, row, self.device)
 
     def score(self, pictures: Sequence[Image.Image], statement: str) -> list[float]:
@@ -671,70 +517,49 @@ class Blip3oPipeline:
 
     # Inside
 
-    def _describe_loras(self) -> list[dict[str, Any]]:
-        return [
-            {"file": each.source, "hash": each.file.fingerprint, "strength": each.strength}
-            for each in self._loras
-        ]
+    @property
+    def _own_networks(self) -> Networks:
+        assert isinstance(self.networks, Networks), "a host changes its networks by LoRAs itself"
+        return self.networks
 
-    def _component(self, name: str) -> Any:
-        if name not in self._components:
-            is_moved = self.offload or name in self._streamed
-            weight_format = self.quantize if name in LARGE_NETWORKS else None
-            home = torch.device("cpu") if is_moved else self.device
-            # Shrunk on the way from the files to their place.
-            network = self._read(name, home if weight_format is None else torch.device("cpu"))
-            if weight_format is not None:
-                quantize_network(network, weight_format, home)
-            if self.device.type == "cpu":
-                use_onednn(network)
-            if name in self._streamed:
-                stream_layers(network, self.device)
-            if name == "decoder" and self.device.type in ("cpu", "cuda"):
-                # The order of a tensor's values that its convolutions compute in; otherwise each one reorders twice.
-                network.to(memory_format=torch.channels_last)
-            if self.compile and name == "dit":
-                compile_dit(network, self.device)
-            if self.compile and name == "backbone" and not is_moved:
-                from .performance.recorded_answers import record_answers
+    def _forget_what_is_old(self) -> None:
+        """What was computed with networks that have changed since."""
+        if self._known_changes != self.networks.changes:
+            self._negatives.clear()
+            self._kept_chat = None
+            self._known_changes = self.networks.changes
 
-                record_answers(network, self.device)
-            if self.compile and name == "decoder":
-                compile_network(network.unet, self.device)
-            self._components[name] = network
-        return self._components[name]
+    def _encode_in_batches(self, request: DrawRequest) -> Tensor:
+        """Conditioning (prompts, Q, C) of a request's prompts."""
+        parts = []
+        for first in range(0, len(request.prompts), request.batch_size):
+            few = slice(first, first + request.batch_size)
+            parts.append(self.encode_prompts(request.prompts[few], request.images[few] or None))
+        return torch.cat(parts)
 
-    def _forget(self, name: str) -> None:
-        recorder = getattr(self._components.pop(name, None), "recorder", None)
-        if (
-            recorder is not None
-        ):  # it refers to the network, which would keep its memory until Python looks for circles
-            recorder.forget()
+    def _decoder_negative(self, request: DrawRequest, noise: PublishedNoise | SeededNoise) -> Tensor | None:
+        if request.pixel_negative is None or _given(request.pixels).guidance_scale == 1:
+            return None
+        is_published = isinstance(noise, PublishedNoise)
+        return self.negative_features(
+            request.pixel_negative,
+            seed=None if is_published else request.pixel_negative_seed,
+            settings=request.features,
+            draw_noise=(lambda: noise.negative(self.noise_shape)) if is_published else None,
+        )
 
-    def _read(self, name: str, device: torch.device) -> Any:
-        """A network from its files, with its LoRAs."""
-        options: dict[str, Any] = {"dtype": self.dtype, "device": device}
-        if name == "decoder":
-            return load_decoder(self.files, **options)
-        if name == "image_encoder":
-            return load_image_encoder(self.files, **options)
-        network = (load_backbone if name == "backbone" else load_dit)(self.files, **options)
-        loras = [(each.changes[name], each.strength) for each in self._loras if name in each.changes]
-        apply_changes(network, loras)
-        return network
-
-    @contextmanager
-    def _on_device(self, name: str) -> Iterator[Any]:
-        component = self._component(name)
-        if not self.offload or name in self._streamed:
-            yield component
-            return
-        with visit(component, self.device):
-            try:
-                yield component
-            finally:
-                if name == "dit" and component.recorder is not None:
-                    component.recorder.forget()
+    def _draw_all(
+        self, request: DrawRequest, on_feature_step: StepCallback | None, on_pixel_step: PixelCallback | None
+    ) -> Generation:
+        drawn = list(self.draw(request, on_feature_step=on_feature_step, on_pixel_step=on_pixel_step))
+        return Generation(
+            torch.cat([each.images for each in drawn]),
+            torch.cat([each.image_features for each in drawn]),
+            [prompt for each in drawn for prompt in each.prompts],
+            [seed for each in drawn for seed in each.seeds],
+            [seed for each in drawn for seed in each.pixel_seeds],
+            drawn[0].settings,
+        )
 
     def _question_row(
         self, question: str, images: Sequence[Image.Image], min_pixels: int | None, max_pixels: int | None
@@ -784,19 +609,35 @@ def load_pipeline(
         check_format(quantize)
     files = open_checkpoint(folder, image_encoder=image_encoder_path, decoder=decoder_path, strict=strict)
     place = pick_device(device)
-    return Blip3oPipeline(
+    networks = Networks(
         files,
-        dtype=pick_dtype(dtype, place, sum(files.component_bytes.values())),
-        device=place,
+        pick_dtype(dtype, place, sum(files.component_bytes.values())),
+        place,
         offload=offload,
         quantize=quantize,
         stream=stream,
         compile=compile,
     )
+    return Blip3oPipeline(networks)
 
 
-def _batches(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+def _given(value: Any) -> Any:
+    assert value is not None, "checked by the request"
+    return value
+
+
+def _tuples(options: dict[str, Any]) -> dict[str, Any]:
+    """Lists of pictures, as people write them, in the form that a request keeps."""
+    made = dict(options)
+    if made.get("images") is not None:
+        made["images"] = tuple(tuple(pictures) for pictures in made["images"])
+    if made.get("start_images") is not None:
+        made["start_images"] = tuple(made["start_images"])
+    return {
+        name: value
+        for name, value in made.items()
+        if value is not None or name not in ("images", "start_images")
+    }
 
 
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:

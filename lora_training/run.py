@@ -313,8 +313,8 @@ class _Run:
             return fit(
                 config,
                 data,
-                self.pipeline.dit,
-                backbone=self.pipeline.backbone if learns_backbone else None,
+                self.pipeline.networks.take("dit"),
+                backbone=self.pipeline.networks.take("backbone") if learns_backbone else None,
                 tokenizer=self.pipeline.tokenizer if learns_backbone else None,
                 folder=self.folder,
                 on_event=self.tell,
@@ -529,14 +529,14 @@ class _Run:
     def _attach(self, result: FitResult) -> Adapter:
         config, pipeline = self.config, self.pipeline
         learns_backbone = config.needs_backbone
-        dit = pipeline.dit.to(pipeline.device)
+        dit = pipeline.networks.take("dit")
         if pipeline.device.type == "cpu":
             dit.float()
         adapter = attach(
             dit,
             config.adapter,
             seed=config.run.seed,
-            backbone=pipeline.backbone if learns_backbone else None,
+            backbone=pipeline.networks.take("backbone") if learns_backbone else None,
             tokenizer=pipeline.tokenizer if learns_backbone else None,
         )
         adapter.load_state_dict(result.best)
@@ -566,13 +566,12 @@ class _Run:
                 self.pipeline.unload("backbone")
             else:
                 conditioning = torch.stack([known[prompt] for prompt in prompts]).float()
-            dit = self.pipeline.dit
+            dit = self.pipeline.networks.take("dit")
             if self.pipeline.device.type == "cpu":
                 dit.float()
             found = self._fixed_velocity(dit, conditioning, None)
         finally:
             self.pipeline.unload_loras()
-            self.pipeline.unload("dit")
         off = ((found - expected).abs().max() / expected.std()).item()
         if self.config.model.base_dtype in ("fp8", "nf4"):
             limit = SAME_QUANTISED

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BadInputError
-from ..performance.recording import begin_step
-from .sampling import check_choice, check_interval, check_range
+from ..errors import SettingError, check_choice, check_interval, check_range
 
 if TYPE_CHECKING:  # diffusers is imported only when the decoder is loaded
     from ..models.decoder import Decoder
 
 PIXEL_SAMPLERS = ("euler", "dpmpp_2m")
+# Pixels along one side of a picture: no card paints more, and a slip of the finger is told before anything is computed.
+LARGEST_SIDE = 16384
 PixelCallback = Callable[[int, int, Tensor], None]
 
 
@@ -47,22 +47,45 @@ class PixelSettings:
         check_range("guidance_scale", self.guidance_scale, 0, 100)
         check_choice("sampler", self.sampler, PIXEL_SAMPLERS)
         check_interval(self.guidance_interval)
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1, LARGEST_SIDE)
 
 
-def picture_size(decoder: Decoder, settings: PixelSettings) -> tuple[int, int]:
+@dataclass(frozen=True)
+class PixelStart:
+    """A picture that decoding starts from instead of pure noise.
+
+    Attributes:
+        latents: of pictures, (B or 1, 4, H/8, W/8).
+        strength: 1 = start from pure noise, 0 = keep the picture.
+    """
+
+    latents: Tensor
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("strength", self.strength, 0, 1)
+
+
+def picture_size(unet: Mapping[str, Any], vae: Mapping[str, Any], settings: PixelSettings) -> tuple[int, int]:
     """(height, width) in pixels.
 
+    Args:
+        unet, vae: configurations of the decoder's networks.
+
     Raises:
-        BadInputError: not a multiple of 8 (or of what this decoder's levels need).
+        SettingError: not a multiple of 8 (or of what this decoder's levels need).
     """
-    native = decoder.unet.config.sample_size * decoder.vae_scale
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    native = unet["sample_size"] * factor
     height, width = settings.height or native, settings.width or native
-    factor = decoder.vae_scale
     for name, value in (("width", width), ("height", height)):
         if value < factor or value % factor:
             lower = max(factor, value // factor * factor)
-            raise BadInputError(
-                f"{name} is {value}; this decoder draws multiples of {factor} pixels. Use {lower} or {lower + factor}."
+            raise SettingError(
+                name,
+                f"is {value}; this decoder draws multiples of {factor} pixels. Use {lower} or {lower + factor}.",
             )
     return height, width
 
@@ -75,9 +98,9 @@ def decode_features(
     noise: Tensor,
     settings: PixelSettings | None = None,
     negative_features: Tensor | None = None,
-    start_latents: Tensor | None = None,
-    strength: float = 1.0,
+    start: PixelStart | None = None,
     on_step: PixelCallback | None = None,
+    before_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """Draw pictures from image features.
 
@@ -85,9 +108,9 @@ def decode_features(
         image_features: (B, N, channels).
         noise: standard normal latents, (B, 4, H/8, W/8), before the schedule's scaling.
         negative_features: guidance away from these, (B or 1, N, channels); None = all zeros.
-        start_latents: latents of pictures to start from, (B or 1, 4, H/8, W/8).
-        strength: 1 = start from pure noise, 0 = keep the start picture; only with start_latents.
+        start: None = pure noise.
         on_step: called as on_step(step, total, latents of the predicted clean picture), step from 1; raise to stop.
+        before_step: called before each call of the UNet.
 
     Returns:
         Pictures (B, 3, H, W), float32 in [0, 1].
@@ -100,9 +123,9 @@ def decode_features(
         noise=noise,
         settings=settings,
         negative_features=negative_features,
-        start_latents=start_latents,
-        strength=strength,
+        start=start,
         on_step=on_step,
+        before_step=before_step,
     )
     # One picture at a time: the VAE's activations at 1024 pixels dwarf its weights.
     tiled = settings.tiled if settings else False
@@ -117,9 +140,9 @@ def denoise_latents(
     noise: Tensor,
     settings: PixelSettings | None = None,
     negative_features: Tensor | None = None,
-    start_latents: Tensor | None = None,
-    strength: float = 1.0,
+    start: PixelStart | None = None,
     on_step: PixelCallback | None = None,
+    before_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """The diffusion loop of decode_features: scaled latents (B, 4, H/8, W/8), in noise's dtype."""
     settings = settings or PixelSettings()
@@ -129,14 +152,14 @@ def denoise_latents(
     scheduler.set_timesteps(settings.steps)  # stays on the CPU: reading its tables never waits for the device
     timesteps = scheduler.timesteps
     latents = noise * scheduler.init_noise_sigma
-    if start_latents is not None:
-        check_range("strength", strength, 0, 1)
-        skipped = settings.steps - round(settings.steps * strength)
+    if start is not None:
+        skipped = settings.steps - round(settings.steps * start.strength)
+        start_latents = start.latents.to(noise).expand_as(noise)
         if skipped == settings.steps:
-            return start_latents.to(noise).expand_as(noise)
+            return start_latents
         timesteps = timesteps[skipped:]
         scheduler.set_begin_index(skipped)
-        latents = scheduler.add_noise(start_latents.to(noise).expand_as(noise), noise, timesteps[:1])
+        latents = scheduler.add_noise(start_latents, noise, timesteps[:1])
     features = image_features.to(dtype)
     plain = decoder.condition(features, height, width)
     negative = torch.zeros_like(features) if negative_features is None else negative_features.to(features)
@@ -149,7 +172,8 @@ def denoise_latents(
         position = 1 - step / total
         is_guided = settings.guidance_scale != 1 and low <= position <= high
         inputs = scheduler.scale_model_input(latents, timestep).to(dtype)
-        begin_step(decoder.unet)
+        if before_step is not None:
+            before_step()
         if is_guided:
             output = decoder.unet(inputs.repeat(2, 1, 1, 1), device_timesteps[step], **both).sample
             away, toward = output.to(latents.dtype).chunk(2)

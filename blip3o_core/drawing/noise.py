@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .sampling import check_range
+from ..errors import check_range
 
 MAX_SEED = 2**64 - 1
 

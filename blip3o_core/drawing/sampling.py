@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import BadInputError
-from ..models.nextdit import DiTContext, NextDiT
-from ..performance.fused_dit import FusedDiT, RunContext, can_fuse
+from ..errors import BadInputError, check_choice, check_interval, check_range
+from ..models.nextdit import NextDiT
 from .flow import mix, sigma_schedule, whole_timesteps
 
+# A DiT made ready for a sampling run: (dit, timesteps of all noise levels (T,), (rows, columns) of the grid) -> PreparedRun.
+PrepareRun = Callable[[NextDiT, Tensor, Sequence[int]], "PreparedRun"]
 FEATURE_SAMPLERS = ("euler", "heun", "ab2")
 StepCallback = Callable[[int, int, Tensor], None]
 # velocity(grid (B, C, H, W), index of the noise level) -> (B, C, H, W)
@@ -46,6 +48,47 @@ class FeatureSettings:
         check_interval(self.guidance_interval)
 
 
+class PreparedRun(Protocol):
+    """A velocity network for one run; what depends on the conditioning alone is computed by encode_context."""
+
+    def encode_context(self, conditioning: Tensor, *, zero_rows: int = 0) -> Any:
+        """See NextDiT.encode_context."""
+
+    def __call__(self, feature_grid: Tensor, index: int, context: Any) -> Tensor:
+        """Velocity (B, channels, H, W) of noisy features (B, channels, H, W) at the index-th noise level."""
+
+
+@dataclass(frozen=True)
+class FeatureStart:
+    """Image features that a run starts from instead of pure noise.
+
+    Attributes:
+        features: (B or 1, N, channels).
+        strength: 1 = start from pure noise, 0 = return the features.
+        mask: 1 = draw again, 0 = keep the features, (B or 1, H, W); None = draw all.
+    """
+
+    features: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_range("strength", self.strength, 0, 1)
+
+
+class CachedDiT:
+    """A DiT of any layers (adapters, offloaded ones) for one run: only the context is computed once."""
+
+    def __init__(self, dit: NextDiT, timesteps: Tensor, grid_size: Sequence[int]) -> None:
+        self.dit = dit
+        self.timesteps = timesteps
+        self.encode_context = dit.encode_context
+
+    def __call__(self, feature_grid: Tensor, index: int, context: Any) -> Tensor:
+        timestep = self.timesteps[index].expand(feature_grid.shape[0])
+        return self.dit(feature_grid, timestep, context=context)
+
+
 @torch.no_grad()
 def sample_features(
     dit: NextDiT,
@@ -54,10 +97,9 @@ def sample_features(
     noise: Tensor,
     settings: FeatureSettings | None = None,
     negative_conditioning: Tensor | None = None,
-    start_features: Tensor | None = None,
-    strength: float = 1.0,
-    mask: Tensor | None = None,
+    start: FeatureStart | None = None,
     on_step: StepCallback | None = None,
+    prepare: PrepareRun = CachedDiT,
 ) -> Tensor:
     """Carry noise to image features along the learned flow.
 
@@ -67,11 +109,10 @@ def sample_features(
         conditioning: backbone states at the latent queries, (B, L, C).
         noise: standard normal, (B, channels, H, W); float32 keeps the sums exact in a half-precision network.
         negative_conditioning: (B or 1, L, C); None = all zeros as published, which needs no cross attention.
-        start_features: image features to start from, (B or 1, N, channels).
-        strength: 1 = start from pure noise, 0 = return start_features; only with start_features.
-        mask: 1 = draw anew, 0 = keep start_features, (B or 1, H, W).
+        start: None = pure noise.
         on_step: called as on_step(step, total, predicted image features (B, N, channels)), step from 1;
             raise in it to stop.
+        prepare: how the network is made ready for the run.
 
     Returns:
         Image features, (B, N, channels), in noise's dtype.
@@ -81,22 +122,22 @@ def sample_features(
     settings = settings or FeatureSettings()
     sigmas = sigma_schedule(settings.steps, settings.shift)
     grid_size = noise.shape[-2:]
-    start_grid = None
-    if start_features is not None:
-        check_range("strength", strength, 0, 1)
-        start_grid = to_grid(start_features, grid_size).to(noise)
-        sigmas = sigmas[settings.steps - round(settings.steps * strength) :]
-    if mask is not None:
-        if start_grid is None:
-            raise BadInputError(
-                "A mask needs start features: it says which of them to keep.\nGive start features too."
-            )
-        mask = mask[:, None].to(noise)
+    grid, start_grid, mask = noise, noise, None
+    if start is not None:
+        start_grid = to_grid(start.features, grid_size).to(noise)
+        sigmas = sigmas[settings.steps - round(settings.steps * start.strength) :]
+        if len(sigmas) == 1:
+            return to_tokens(start_grid.expand_as(noise))
+        grid = mix(start_grid, noise, sigmas[:1])
+        mask = None if start.mask is None else start.mask[:, None].to(noise)
     total = len(sigmas) - 1
-    if total == 0:
-        return to_tokens(start_grid.expand_as(noise))
-    grid = noise if start_grid is None else mix(start_grid, noise, sigmas[:1])
-    velocity = guided_velocity(dit, conditioning, negative_conditioning, sigmas, settings, noise)
+    velocity = guided_velocity(
+        prepare(dit, whole_timesteps(sigmas).to(noise.device), grid_size),
+        conditioning,
+        negative_conditioning,
+        sigmas,
+        settings,
+    )
     integrate = {"euler": _euler, "heun": _heun, "ab2": _adams_bashforth}[settings.sampler]
 
     def after_step(grid: Tensor, step: int, predicted: Tensor) -> Tensor:
@@ -110,22 +151,17 @@ def sample_features(
 
 
 def guided_velocity(
-    dit: NextDiT,
+    network: PreparedRun,
     conditioning: Tensor,
     negative_conditioning: Tensor | None,
     sigmas: Tensor,
     settings: FeatureSettings,
-    noise: Tensor,
 ) -> VelocityFunction:
     """The velocity at the n-th noise level, with guidance where it acts: one batched network call, no host sync."""
-    batch = noise.shape[0]
-    dtype = conditioning.dtype
-    timesteps = whole_timesteps(sigmas).to(noise.device)
+    batch, dtype = len(conditioning), conditioning.dtype
     low, high = settings.guidance_interval
     is_guided = [settings.guidance_scale != 1 and low <= sigma <= high for sigma in sigmas.tolist()]
-    network = FusedDiT(dit, timesteps, noise.shape[-2:]) if can_fuse(dit) else CachedDiT(dit, timesteps)
-    guided: DiTContext | RunContext | None = None
-    plain: DiTContext | RunContext | None = None
+    guided = plain = None
     if any(is_guided[:-1]):
         if negative_conditioning is None:
             guided = network.encode_context(conditioning, zero_rows=batch)
@@ -143,19 +179,6 @@ def guided_velocity(
         return negative + settings.guidance_scale * (positive - negative)
 
     return velocity
-
-
-class CachedDiT:
-    """A DiT of any layers (adapters, offloaded ones) for one run: only the context is computed once."""
-
-    def __init__(self, dit: NextDiT, timesteps: Tensor) -> None:
-        self.dit = dit
-        self.timesteps = timesteps
-        self.encode_context = dit.encode_context
-
-    def __call__(self, feature_grid: Tensor, index: int, context: DiTContext) -> Tensor:
-        timestep = self.timesteps[index].expand(feature_grid.shape[0])
-        return self.dit(feature_grid, timestep, context=context)
 
 
 def to_tokens(grid: Tensor) -> Tensor:
@@ -176,25 +199,6 @@ def to_grid(image_features: Tensor, size: Sequence[int]) -> Tensor:
             "Use features made with the same checkpoint."
         )
     return image_features.transpose(1, 2).unflatten(2, (height, width))
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise BadInputError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise BadInputError(f"{name} is {value}; it must lie between {low} and {high}.")
-
-
-def check_interval(interval: tuple[float, float]) -> None:
-    """Raise BadInputError unless 0 <= low <= high <= 1."""
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise BadInputError(f"guidance_interval is {low} to {high}; use 0 <= low <= high <= 1.")
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise BadInputError unless value is one of the choices."""
-    if value not in choices:
-        raise BadInputError(f'{name} is "{value}"; choose one of {", ".join(choices)}.')
 
 
 AfterStep = Callable[[Tensor, int, Tensor], Tensor]

@@ -21,14 +21,14 @@ from transformers.generation.logits_process import (
 )
 
 from ..drawing.noise import MAX_SEED, item_seeds
-from ..drawing.sampling import check_range
-from ..errors import BadInputError
+from ..errors import BadInputError, check_range
 from ..models.backbone import Backbone
-from ..performance.recorded_answers import PlainSteps
 from .prefixes import Beginning, KeptChat, encode_shared
 from .prompts import END_OF_TURN, SYSTEM_PROMPT, Message, TextTokenizer, chat_text
 from .rows import EncodedRow, PixelLimits, embed_rows, encode_picture, padded_positions, rope_positions
 
+# How the steps of an answer are made: (backbone, keys and values of the rows so far, their mask) -> steps.
+MakeSteps = Callable[[Backbone, DynamicCache, "Tensor | None"], "PlainSteps"]
 # on_text(row, answer so far); return True to end that answer, raise to stop everything.
 TextCallback = Callable[[int, str], "bool | None"]
 
@@ -104,6 +104,29 @@ def encode_chat(
     return EncodedRow(token_ids, [patches for patches, _, _ in encoded], [grid for _, grid, _ in encoded])
 
 
+class PlainSteps:
+    """The steps of one answer, with keys and values that grow by each token.
+
+    Args:
+        cache: keys and values of the rows so far; extended in place.
+        mask: 1 = token, 0 = padding, of the rows so far; None = no padding.
+    """
+
+    def __init__(self, backbone: Backbone, cache: DynamicCache, mask: Tensor | None) -> None:
+        self._backbone, self._cache, self._mask = backbone, cache, mask
+
+    def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, V) after tokens (B,) at positions (B, 1)."""
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(token_ids), 1)], dim=1)
+        embeddings = self._backbone.embed(token_ids[:, None])
+        states = self._backbone(embeddings, positions.expand(3, -1, -1), self._mask, self._cache)
+        return self._backbone.lm_head(states[:, -1])
+
+    def finish(self) -> None:
+        """Bring the cache up to date."""
+
+
 @torch.no_grad()
 def write_answers(
     backbone: Backbone,
@@ -114,6 +137,7 @@ def write_answers(
     settings: AnswerSettings | None = None,
     on_text: TextCallback | None = None,
     kept: KeptChat | None = None,
+    make_steps: MakeSteps | None = None,
 ) -> list[str]:
     """Continue each row until it ends its turn; row i equals the same row answered alone.
 
@@ -121,11 +145,19 @@ def write_answers(
         device: where the backbone computes.
         kept: what is known of a single chat's earlier turns; updated.
         on_text: called as on_text(row, answer so far) after each token; return True to end that answer, raise to stop.
+        make_steps: None = PlainSteps.
     """
     return [
         tokenizer.decode(token_ids).strip()
         for token_ids in continue_rows(
-            backbone, tokenizer, rows, device=device, settings=settings, on_text=on_text, kept=kept
+            backbone,
+            tokenizer,
+            rows,
+            device=device,
+            settings=settings,
+            on_text=on_text,
+            kept=kept,
+            make_steps=make_steps,
         )
     ]
 
@@ -140,6 +172,7 @@ def continue_rows(
     settings: AnswerSettings | None = None,
     on_text: TextCallback | None = None,
     kept: KeptChat | None = None,
+    make_steps: MakeSteps | None = None,
 ) -> list[list[int]]:
     """Token ids of each row's answer, without the token that ended it."""
     settings = settings or AnswerSettings()
@@ -155,10 +188,7 @@ def continue_rows(
     answers: list[list[int]] = [[] for _ in rows]
     is_open = [True] * len(rows)
     logits = backbone.lm_head(backbone(embeddings, positions, mask, cache)[:, -1])
-    if backbone.recorder is None:
-        next_logits = PlainSteps(backbone, cache, mask)
-    else:
-        next_logits = backbone.recorder.steps(backbone, cache, mask)
+    next_logits = (make_steps or PlainSteps)(backbone, cache, mask)
     for step in range(settings.max_new_tokens):
         token_ids = choose_token(logits.float(), answers)
         for row, token in enumerate(token_ids.tolist()):

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import inspect
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
-
-if TYPE_CHECKING:
-    from ..performance.recorded_answers import AnswerRecorder
 
 TEXT_FIELDS = (
     "hidden_size",
@@ -85,9 +82,6 @@ class Backbone(nn.Module):
         vocab_size: rows of the token embedding.
         queries: number of latent queries, 64 as published.
         tie_head: the head shares the embedding's weights (4B base model).
-
-    Attributes:
-        recorder: replays the steps of answers; None = they are computed one by one, see answer_steps.record_answers.
     """
 
     def __init__(self, config: dict[str, Any], *, vocab_size: int, queries: int, tie_head: bool) -> None:
@@ -98,7 +92,6 @@ class Backbone(nn.Module):
         self.lm_head = nn.Linear(text.hidden_size, vocab_size, bias=False)
         self.latent_queries = nn.Parameter(torch.zeros(1, queries, text.hidden_size))
         self.is_head_tied = tie_head
-        self.recorder: AnswerRecorder | None = None
         if tie_head:
             self.lm_head.weight = self.text.embed_tokens.weight
 

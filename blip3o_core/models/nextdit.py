@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import NextDiTConfig
-
-if TYPE_CHECKING:
-    from ..performance.recording import StepRecorder
 
 TIMESTEP_FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
@@ -244,8 +241,6 @@ class NextDiT(nn.Module):
         self.time_caption_embed = TimeCaptionEmbedding(config, ops)
         self.layers = nn.ModuleList([NextDiTBlock(config, ops) for _ in range(config.layers)])
         self.norm_out = OutputNorm(config, ops)
-        # Set by compile_dit: steps of a run are then recorded and replayed.
-        self.recorder: StepRecorder | None = None
 
     def encode_context(self, conditioning: Tensor, *, zero_rows: int = 0) -> DiTContext:
         """Everything that depends on the conditioning alone.

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..drawing.sampling import CachedDiT
 from ..models.nextdit import (
     AdaptiveRMSNorm,
     Attention,
@@ -33,6 +35,9 @@ from ..models.nextdit import (
     rotary_table,
 )
 from .linear import PLAIN_LINEARS, ParallelLinears, multiply
+
+if TYPE_CHECKING:
+    from .recording import StepRecorder
 
 # Modulations are kept for so many noise levels at a time.
 MODULATION_BYTES = 64 * 2**20
@@ -163,15 +168,23 @@ class FusedDiT:
         dit: a network for which can_fuse holds.
         timesteps: of all noise levels, (T,).
         grid_size: rows and columns of the feature grid.
+        recorder: records its steps and replays them; None = they are called.
     """
 
-    def __init__(self, dit: NextDiT, timesteps: Tensor, grid_size: Sequence[int]) -> None:
+    def __init__(
+        self,
+        dit: NextDiT,
+        timesteps: Tensor,
+        grid_size: Sequence[int],
+        recorder: StepRecorder | None = None,
+    ) -> None:
         assert can_fuse(dit)
         self.dit = dit
         weight = dit.patch_embedder.proj.weight
         self.dtype = weight.dtype
         self.times = dit.time_caption_embed.embed_timestep(timesteps.to(weight.device), self.dtype)
-        self.step = FusedStep(dit, grid_size) if dit.recorder is None else dit.recorder.step(dit, grid_size)
+        self.recorder = recorder
+        self.step = FusedStep(dit, grid_size) if recorder is None else recorder.step(dit, grid_size)
         self._chunks: dict[int, tuple[int, Tensor, Tensor]] = {}
 
     def encode_context(self, conditioning: Tensor, *, zero_rows: int = 0) -> RunContext:
@@ -181,9 +194,7 @@ class FusedDiT:
     def __call__(self, feature_grid: Tensor, index: int, context: RunContext) -> Tensor:
         """Velocity (B, channels, H, W) of noisy features (B, channels, H, W) at the index-th noise level."""
         inputs = (feature_grid, *self._modulations(index, context), *context.tensors)
-        if self.dit.recorder is None:
-            return self.step(*inputs)
-        return self.dit.recorder(self.step, inputs)
+        return self.step(*inputs) if self.recorder is None else self.recorder(self.step, inputs)
 
     def _modulations(self, index: int, context: RunContext) -> tuple[Tensor, Tensor]:
         """Of every layer, (layers, B, 4, 1, D), and of the output norm, (B, 1, D), at one noise level."""
@@ -196,6 +207,22 @@ class FusedDiT:
             self._chunks[id(context)] = (first, *made)
         _, factors, out_scales = self._chunks[id(context)]
         return factors[index - first], out_scales[index - first]
+
+
+class PreparedRuns:
+    """Makes a DiT ready for a sampling run in the fastest way that its layers allow; see sampling.PrepareRun.
+
+    Args:
+        recorder: of the DiT's steps; None = they are called.
+    """
+
+    def __init__(self, recorder: StepRecorder | None = None) -> None:
+        self.recorder = recorder
+
+    def __call__(self, dit: NextDiT, timesteps: Tensor, grid_size: Sequence[int]) -> FusedDiT | CachedDiT:
+        if can_fuse(dit):
+            return FusedDiT(dit, timesteps, grid_size, self.recorder)
+        return CachedDiT(dit, timesteps, grid_size)
 
 
 class FusedLayer:

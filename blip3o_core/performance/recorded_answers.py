@@ -1,4 +1,4 @@
-"""An answer's tokens one by one, over keys and values in places of their own: every step has the same shapes.
+"""Steps of answers over keys and values in fixed places: every step has the same shapes, and can be recorded.
 
 A GPU starts some fifty small kernels for each layer and token; such steps it can record once and replay.
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from ..language.answers import PlainSteps
 from ..language.prefixes import cached_layers
 from ..models.backbone import NEEDS_CACHE_POSITION, Backbone
-from .recording import Record, Recorder, can_compile, record_cuda_graph
+from .recording import Record, Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,29 +26,6 @@ if TYPE_CHECKING:
 FEWEST_PLACES = 2048
 # All places of a row take 0.12 GB in the 8B model; many rows keep a GPU busy without recording.
 MOST_ROWS = 4
-
-
-class PlainSteps:
-    """The steps of one answer, with keys and values that grow by each token.
-
-    Args:
-        cache: keys and values of the rows so far; extended in place.
-        mask: 1 = token, 0 = padding, of the rows so far; None = no padding.
-    """
-
-    def __init__(self, backbone: Backbone, cache: DynamicCache, mask: Tensor | None) -> None:
-        self._backbone, self._cache, self._mask = backbone, cache, mask
-
-    def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits (B, V) after tokens (B,) at positions (B, 1)."""
-        if self._mask is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(token_ids), 1)], dim=1)
-        embeddings = self._backbone.embed(token_ids[:, None])
-        states = self._backbone(embeddings, positions.expand(3, -1, -1), self._mask, self._cache)
-        return self._backbone.lm_head(states[:, -1])
-
-    def finish(self) -> None:
-        """Bring the cache up to date."""
 
 
 class PlacedTokens:
@@ -193,8 +171,3 @@ class AnswerRecording:
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given)
         return self._replay()
-
-
-def record_answers(backbone: Backbone, device: torch.device) -> None:
-    """Record the steps of answers, compiled where that works."""
-    backbone.recorder = AnswerRecorder(record_cuda_graph, is_compiled=can_compile(device))

@@ -48,18 +48,6 @@ def compile_network(network: nn.Module, device: torch.device) -> bool:
     return True
 
 
-def begin_step(network: nn.Module) -> None:
-    """Call before each call of a network that may be compiled: results of earlier calls may then be written over."""
-    # Asked of compiled networks alone, because this imports the whole compiler.
-    if getattr(network, "_compiled_call_impl", None) is not None:
-        torch.compiler.cudagraph_mark_step_begin()
-
-
-def compile_dit(dit: NextDiT, device: torch.device) -> None:
-    """Record the steps of sampling runs; their layers are compiled where that works, one program for all layers."""
-    dit.recorder = StepRecorder(record_cuda_graph, is_compiled=can_compile(device))
-
-
 class Recorder(Generic[Recorded]):
     """Recordings by the shapes they were made for, the latest kept, for as long as a network's weights stay where they are.
 

@@ -445,7 +445,7 @@ def _fill(
                 repaired += 1
             if not computed and is_too_large(pipeline, component):
                 tell({"event": "warning", "message": TOO_LARGE[component]})
-                pipeline.stream(component)
+                pipeline.networks.stream(component)
             tensor = compute().cpu()
             if not tensor.isfinite().all():
                 refused.append(labels[path])

@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from ...blip3o_core.checkpoints.layout import CheckpointFiles
 from ...blip3o_core.errors import BadInputError
+from ...blip3o_core.networks import NetworkLender
 from ...blip3o_core.pipeline import Blip3oPipeline
 from ...lora_training.config import DataConfig
 from . import host
@@ -33,8 +34,8 @@ FEATURES_TYPE = "blip3o_features"
 ACTIVATION_BYTES = 1536 * 2**20
 
 
-class HostPipeline(Blip3oPipeline):
-    """The core's pipeline around networks that ComfyUI holds and moves.
+class HostNetworks(NetworkLender):
+    """Networks that ComfyUI holds and moves.
 
     Args:
         files: the opened checkpoint.
@@ -42,21 +43,23 @@ class HostPipeline(Blip3oPipeline):
         dtype: the networks compute in.
     """
 
-    def __init__(self, files: CheckpointFiles, patchers: dict[str, ModelPatcher], dtype: torch.dtype) -> None:
-        # As with offload, a chat's keys and values wait in main memory: ComfyUI does not know of them.
-        device = next(iter(patchers.values())).load_device
-        super().__init__(files, dtype=dtype, device=device, offload=True)
-        self.patchers = patchers
-        self._components = {name: patcher.model for name, patcher in patchers.items()}
+    # A chat's keys and values wait in main memory: ComfyUI does not know of them.
+    leave_device = True
 
-    def unload(self, *components: str) -> None:
-        """Nothing: ComfyUI decides where its networks lie."""
+    def __init__(self, files: CheckpointFiles, patchers: dict[str, ModelPatcher], dtype: torch.dtype) -> None:
+        super().__init__(files, dtype, next(iter(patchers.values())).load_device)
+        self.patchers = patchers
+
+    def get(self, name: str) -> Any:
+        return self.patchers[name].model
 
     @contextmanager
-    def _on_device(self, name: str) -> Iterator[Any]:
-        patcher = self.patchers[name]
-        host.load_to_device(patcher, ACTIVATION_BYTES)
-        yield patcher.model
+    def use(self, name: str) -> Iterator[Any]:
+        host.load_to_device(self.patchers[name], ACTIVATION_BYTES)
+        yield self.patchers[name].model
+
+    def unload(self, *names: str) -> None:
+        """Nothing: ComfyUI decides where its networks lie."""
 
 
 class PipelineHandle:
@@ -68,7 +71,7 @@ class PipelineHandle:
         self.patcher = patcher
         self.files = files
         self.dtype = dtype
-        self.pipeline = HostPipeline(files, {self.component: patcher}, dtype)
+        self.pipeline = Blip3oPipeline(HostNetworks(files, {self.component: patcher}, dtype))
 
     def get_models(self) -> list[ModelPatcher]:
         return [self.patcher]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...blip3o_core.drawing.flow import TRAIN_TIMESTEPS, mix, target_velocity, training_sigma
-from ...blip3o_core.drawing.sampling import check_choice, check_range, to_grid
-from ...blip3o_core.errors import BadInputError
+from ...blip3o_core.drawing.sampling import to_grid
+from ...blip3o_core.errors import BadInputError, check_choice, check_range
 from ...blip3o_core.models.nextdit import NextDiT
 from ..trainer import Batch
 from ..world.pool import ScenePool, rows_of_step, save_array

@@ -37,7 +37,9 @@ def own_pipeline(tiny_folder: Path) -> Blip3oPipeline:
 @pytest.fixture
 def recordings(own_pipeline: Blip3oPipeline) -> Recordings:
     found = Recordings()
-    own_pipeline.backbone.recorder = AnswerRecorder(found, is_compiled=False, places=64)
+    own_pipeline.load("backbone").networks.record(
+        "backbone", AnswerRecorder(found, is_compiled=False, places=64)
+    )
     return found
 
 
@@ -75,6 +77,7 @@ def answer(
         tokenizer or pipeline.tokenizer,
         rows,
         device=CPU,
+        make_steps=pipeline.networks.answer_steps,
         settings=AnswerSettings(**{"max_new_tokens": TOKENS, **settings}),
     )
 
@@ -114,7 +117,9 @@ def test_an_answer_that_outgrows_its_places_goes_on_in_twice_as_many(
 ) -> None:
     rows = encode(pipeline, "text", "picture")
     longest = max(len(row.token_ids) for row in rows)
-    own_pipeline.backbone.recorder = AnswerRecorder(recordings, is_compiled=False, places=longest + 3)
+    own_pipeline.networks._recorders["backbone"] = AnswerRecorder(
+        recordings, is_compiled=False, places=longest + 3
+    )
     expected = answer(pipeline, rows)
     plain = torch.stack(seen)
     seen.clear()
@@ -172,7 +177,7 @@ def test_where_recording_fails_answers_are_written_all_the_same(
     def fail(*unused: object) -> Callable[[], Tensor]:
         raise RuntimeError("no such driver")
 
-    own_pipeline.backbone.recorder = AnswerRecorder(fail, is_compiled=False)
+    own_pipeline.load("backbone").networks.record("backbone", AnswerRecorder(fail, is_compiled=False))
     rows = encode(pipeline, "picture", "text")
     expected = answer(pipeline, rows)
     with caplog.at_level(logging.WARNING):
@@ -191,7 +196,7 @@ def test_where_compiling_fails_steps_are_recorded_as_they_are(
             raise RuntimeError("no such compiler")
         return recordings(*inputs)
 
-    own_pipeline.backbone.recorder = AnswerRecorder(fail_once, is_compiled=True)
+    own_pipeline.load("backbone").networks.record("backbone", AnswerRecorder(fail_once, is_compiled=True))
     rows = encode(pipeline, "picture")
     with caplog.at_level(logging.WARNING):
         assert answer(own_pipeline, rows) == answer(pipeline, rows)
@@ -204,7 +209,7 @@ def test_many_rows_keep_a_gpu_busy_without_recordings(
 ) -> None:
     monkeypatch.setattr(answer_steps, "MOST_ROWS", 1)
     recordings = Recordings()
-    own_pipeline.backbone.recorder = AnswerRecorder(recordings, is_compiled=False)
+    own_pipeline.load("backbone").networks.record("backbone", AnswerRecorder(recordings, is_compiled=False))
     rows = encode(pipeline, "text", "picture")
     assert answer(own_pipeline, rows) == answer(pipeline, rows)
     assert recordings.made == 0
@@ -222,7 +227,9 @@ def test_compiled_steps_answer_the_same_and_are_compiled_once(
     expected = [answer(pipeline, [row]) for row in (text, picture)]
     plain = torch.stack(seen)
     seen.clear()
-    own_pipeline.backbone.recorder = AnswerRecorder(Recordings(), is_compiled=True, places=64)
+    own_pipeline.load("backbone").networks.record(
+        "backbone", AnswerRecorder(Recordings(), is_compiled=True, places=64)
+    )
     stats = torch._dynamo.utils.counters["stats"]
     before = stats["unique_graphs"]
     assert answer(own_pipeline, [text]) == expected[0]

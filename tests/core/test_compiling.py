@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core import pipeline as pipeline_module
+from comfyui_blip3o.blip3o_core import networks as networks_module
 from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings, decode_features
 from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.blip3o_core.performance import linear
 from comfyui_blip3o.blip3o_core.performance import recording as compiling
+from comfyui_blip3o.blip3o_core.performance.fused_dit import PreparedRuns
 from comfyui_blip3o.blip3o_core.performance.recorded_answers import AnswerRecorder
 from comfyui_blip3o.blip3o_core.performance.recording import (
     StepRecorder,
     can_compile,
-    compile_dit,
     compile_network,
 )
 from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
@@ -30,9 +30,12 @@ CPU = torch.device("cpu")
 GRID = (4, 4)
 
 
+RECORDERS: weakref.WeakKeyDictionary[NextDiT, StepRecorder] = weakref.WeakKeyDictionary()
+
+
 def recorded(dit: NextDiT) -> Recordings:
     recordings = Recordings()
-    dit.recorder = StepRecorder(recordings, is_compiled=False)
+    RECORDERS[dit] = StepRecorder(recordings, is_compiled=False)
     return recordings
 
 
@@ -41,7 +44,11 @@ def draw(dit: NextDiT, seed: int = 0, batch: int = 2, **settings: object) -> Ten
     conditioning = torch.randn(batch, 7, dit.config.conditioning_dim, generator=generator)
     noise = torch.randn(batch, dit.config.in_channels, *GRID, generator=generator)
     return sample_features(
-        dit, conditioning, noise=noise, settings=FeatureSettings(**{"steps": 4, **settings})
+        dit,
+        conditioning,
+        noise=noise,
+        settings=FeatureSettings(**{"steps": 4, **settings}),
+        prepare=PreparedRuns(RECORDERS.get(dit)),
     )
 
 
@@ -118,7 +125,7 @@ def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> 
 
     dit = tiny_models.build_dit()
     expected = draw(dit)
-    dit.recorder = StepRecorder(broken, is_compiled=False)
+    RECORDERS[dit] = StepRecorder(broken, is_compiled=False)
     for _ in range(2):
         torch.testing.assert_close(draw(dit), expected, rtol=0, atol=0)
     assert caplog.text.count("cannot be recorded") == 1
@@ -133,7 +140,7 @@ def test_what_cannot_be_compiled_is_recorded_all_the_same(
     monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
     dit, plain = tiny_models.build_dit(), tiny_models.build_dit()
     recordings = Recordings()
-    dit.recorder = StepRecorder(recordings, is_compiled=True)
+    RECORDERS[dit] = StepRecorder(recordings, is_compiled=True)
     for seed in (0, 1):
         torch.testing.assert_close(draw(dit, seed), draw(plain, seed), rtol=1e-5, atol=1e-5)
     assert recordings.made == 1
@@ -151,8 +158,10 @@ def test_what_was_recorded_in_inference_mode_serves_outside_of_it() -> None:
 
 def test_an_unloaded_network_is_gone_at_once(tiny_folder: Path) -> None:
     pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu")
-    recorded(pipeline.dit)
+    recordings = Recordings()
+    pipeline.load("dit").networks.record("dit", StepRecorder(recordings, is_compiled=False))
     pipeline.sample_features(torch.zeros(1, 4, 32), [0])
+    assert recordings.made == 1
     left = weakref.ref(pipeline.dit)
     gc.collect()
     gc.disable()
@@ -166,7 +175,8 @@ def test_an_unloaded_network_is_gone_at_once(tiny_folder: Path) -> None:
 def test_an_offloaded_network_leaves_no_recording_behind(tiny_folder: Path) -> None:
     pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu", offload=True)
     plain = load_pipeline(tiny_folder, dtype="fp32", device="cpu")
-    recordings = recorded(pipeline.dit)
+    recordings = Recordings()
+    pipeline.load("dit").networks.record("dit", StepRecorder(recordings, is_compiled=False))
     conditioning = plain.encode_prompts("a red circle")
     for made in (1, 2):
         ours = pipeline.sample_features(conditioning, [0])
@@ -178,8 +188,10 @@ def test_without_a_gpu_nothing_is_compiled_and_that_is_said(
     tiny_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu", compile=True)
-    assert pipeline.dit.recorder is None
-    assert pipeline.backbone.recorder is None
+    pipeline.load("dit", "backbone")
+    assert pipeline.networks.prepare_run.recorder is None
+    assert pipeline.networks.answer_steps is None
+    assert pipeline.networks.before_step is None
     assert pipeline.decoder.unet._compiled_call_impl is None
     assert "nothing to gain without a CUDA GPU" in caplog.text
 
@@ -189,12 +201,16 @@ def test_on_a_gpu_all_networks_that_repeat_steps_are_recorded(
 ) -> None:
     pipeline = load_pipeline(tiny_folder, dtype="fp32", device="cpu")
     compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(pipeline_module, "compile_network", lambda network, device: compiled.append(network))
-    monkeypatch.setattr(compiling, "can_compile", lambda device: False)
-    pipeline.compile = True
-    assert isinstance(pipeline.dit.recorder, StepRecorder)
-    assert isinstance(pipeline.backbone.recorder, AnswerRecorder)
+    monkeypatch.setattr(
+        networks_module, "compile_network", lambda network, device: compiled.append(network) or True
+    )
+    monkeypatch.setattr(networks_module, "can_compile", lambda device: False)
+    pipeline.networks.compile = True
+    pipeline.load("dit", "backbone")
+    assert isinstance(pipeline.networks.prepare_run.recorder, StepRecorder)
+    assert isinstance(pipeline.networks.answer_steps.__self__, AnswerRecorder)
     assert compiled == [pipeline.decoder.unet]
+    assert pipeline.networks.before_step is not None
 
 
 def test_without_a_compiler_everything_goes_on(
@@ -205,14 +221,13 @@ def test_without_a_compiler_everything_goes_on(
 
     monkeypatch.setattr(torch, "compile", broken)
     compiling.can_compile.cache_clear()
-    dit, unet = tiny_models.build_dit(), torch.nn.Linear(2, 2)
+    unet = torch.nn.Linear(2, 2)
     try:
         assert not compile_network(unet, CPU)
-        compile_dit(dit, CPU)
+        assert not can_compile(CPU)
     finally:
         compiling.can_compile.cache_clear()
     assert unet._compiled_call_impl is None
-    assert dit.recorder is not None  # recording needs no compiler
     assert caplog.text.count("no compiler found") == 1
 
 
@@ -226,7 +241,7 @@ def test_all_layers_share_one_compiled_program_that_draws_the_same() -> None:
     needs_compiler()
     dit, plain = tiny_models.build_dit(), tiny_models.build_dit()
     assert len(dit.layers) > 1
-    dit.recorder = StepRecorder(Recordings(), is_compiled=True)
+    RECORDERS[dit] = StepRecorder(Recordings(), is_compiled=True)
     counts = torch._dynamo.utils.counters["stats"]
     before = counts["unique_graphs"]
     for seed in (0, 1):

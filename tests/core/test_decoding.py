@@ -8,6 +8,7 @@ import torch
 from comfyui_blip3o.blip3o_core.drawing.decoding import (
     PIXEL_SAMPLERS,
     PixelSettings,
+    PixelStart,
     decode_features,
     denoise_latents,
     picture_size,
@@ -33,6 +34,10 @@ def small_decoder() -> Decoder:
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def size_of(decoder: Decoder, settings: PixelSettings) -> tuple[int, int]:
+    return picture_size(decoder.unet.config, decoder.vae.config, settings)
 
 
 def features(batch: int = 2, seed: int = 1) -> Tensor:
@@ -80,8 +85,7 @@ def test_a_start_picture_equals_a_plain_loop_from_there(decoder: Decoder, sample
         features(),
         noise=noise,
         settings=PixelSettings(steps=8, sampler=sampler, guidance_scale=2.0),
-        start_latents=start,
-        strength=0.5,
+        start=PixelStart(start, 0.5),
     )
     zeros = torch.zeros_like(features())
     assert_same(
@@ -201,8 +205,7 @@ def test_strength_of_zero_keeps_the_start(small_decoder: Decoder, sampler: str) 
         features(),
         noise=random(2, 4, 8, 8),
         settings=settings,
-        start_latents=start,
-        strength=0.0,
+        start=PixelStart(start, 0.0),
     )
     assert torch.equal(kept, start.expand(2, -1, -1, -1))
 
@@ -218,8 +221,7 @@ def test_a_weaker_run_stays_nearer_to_the_start(small_decoder: Decoder, sampler:
             features(),
             noise=random(2, 4, 8, 8),
             settings=settings,
-            start_latents=start,
-            strength=strength,
+            start=PixelStart(start, strength),
         )
         return (result - start).square().mean().item()
 
@@ -293,7 +295,7 @@ def test_an_error_in_the_callback_stops_the_run(
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 24), (56, 8), (8, 8)])
 def test_any_multiple_of_the_vae_factor_can_be_drawn(decoder: Decoder, height: int, width: int) -> None:
     settings = PixelSettings(steps=2, width=width, height=height)
-    assert picture_size(decoder, settings) == (height, width)
+    assert size_of(decoder, settings) == (height, width)
     latent = random(1, 4, height // decoder.vae_scale, width // decoder.vae_scale)
     drawn = decode_features(decoder, features(1), noise=latent, settings=settings)
     assert drawn.shape == (1, 3, height, width)
@@ -303,8 +305,8 @@ def test_any_multiple_of_the_vae_factor_can_be_drawn(decoder: Decoder, height: i
 
 def test_the_default_size_is_the_one_the_unet_was_trained_at(decoder: Decoder) -> None:
     side = decoder.unet.config.sample_size * decoder.vae_scale
-    assert picture_size(decoder, PixelSettings()) == (side, side)
-    assert picture_size(decoder, PixelSettings(width=2 * side)) == (side, 2 * side)
+    assert size_of(decoder, PixelSettings()) == (side, side)
+    assert size_of(decoder, PixelSettings(width=2 * side)) == (side, 2 * side)
 
 
 @pytest.mark.parametrize(
@@ -317,15 +319,15 @@ def test_the_default_size_is_the_one_the_unet_was_trained_at(decoder: Decoder) -
 )
 def test_other_sizes_are_refused(small_decoder: Decoder, size: dict[str, int], fragment: str) -> None:
     with pytest.raises(BadInputError, match=fragment):
-        picture_size(small_decoder, PixelSettings(**size))
+        size_of(small_decoder, PixelSettings(**size))
 
 
 def test_the_published_decoder_draws_multiples_of_eight() -> None:
     sizes = tiny_models.TinySizes(vae_widths=(4, 4, 4, 4), sample_size=128)
     decoder = tiny_models.build_decoder(sizes)
-    assert picture_size(decoder, PixelSettings()) == (1024, 1024)
+    assert size_of(decoder, PixelSettings()) == (1024, 1024)
     with pytest.raises(BadInputError, match="width is 1020.*multiples of 8 pixels. Use 1016 or 1024"):
-        picture_size(decoder, PixelSettings(width=1020))
+        size_of(decoder, PixelSettings(width=1020))
 
 
 def test_tiled_decoding_equals_untiled(small_decoder: Decoder) -> None:
@@ -380,8 +382,7 @@ def test_a_strength_beyond_one_is_refused(small_decoder: Decoder) -> None:
         small_decoder,
         features(1),
         noise=random(1, 4, 8, 8),
-        start_latents=random(1, 4, 8, 8),
-        strength=-0.1,
+        start=PixelStart(random(1, 4, 8, 8), -0.1),
     )
     with pytest.raises(BadInputError, match="strength is -0.1"):
         run()

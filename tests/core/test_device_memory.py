@@ -9,9 +9,14 @@ from comfyui_blip3o.blip3o_core.checkpoints.memory_plan import (
     QUESTION_TOKENS,
     plan_memory,
 )
-from comfyui_blip3o.blip3o_core.drawing import sampling
 from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings, decode_features
-from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features
+from comfyui_blip3o.blip3o_core.drawing.sampling import (
+    CachedDiT,
+    FeatureSettings,
+    PrepareRun,
+    sample_features,
+)
+from comfyui_blip3o.blip3o_core.performance.fused_dit import PreparedRuns
 from comfyui_blip3o.blip3o_core.units import GIB
 from pretended_device import DEVICE, Watch, like_a_gpu
 from published_shapes import published_networks, write_published_shapes
@@ -43,13 +48,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device=DEVICE)
 
 
-def sample(dit: nn.Module, steps: int = 4) -> Watch:
+def sample(dit: nn.Module, steps: int = 4, prepare: PrepareRun | None = None) -> Watch:
     watch = Watch(dit)
     with like_a_gpu(), watch:
         sample_features(
             *(dit, empty(1, QUERIES, CONDITIONING)),
             noise=empty(1, CHANNELS, 8, 8, dtype=torch.float32),
             settings=FeatureSettings(steps=steps),
+            prepare=prepare or PreparedRuns(),
         )
     return watch
 
@@ -69,17 +75,13 @@ def test_joined_projections_leave_no_second_copy(networks: dict[str, nn.Module])
     assert watch.bytes == pytest.approx(kept, rel=0.001)
 
 
-def test_a_prepared_step_launches_less_than_the_network(
-    networks: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def launches() -> int:
-        fewer, more = (sample(networks["dit"], steps).operations for steps in (2, 3))
+def test_a_prepared_step_launches_less_than_the_network(networks: dict[str, nn.Module]) -> None:
+    def launches(prepare: PrepareRun) -> int:
+        fewer, more = (sample(networks["dit"], steps, prepare).operations for steps in (2, 3))
         return more - fewer
 
     sample(networks["dit"])  # joins weights, which are then left as they are
-    prepared = launches()
-    monkeypatch.setattr(sampling, "can_fuse", lambda dit: False)
-    assert 24 * 10 < prepared < 0.75 * launches()
+    assert 24 * 10 < launches(PreparedRuns()) < 0.75 * launches(CachedDiT)
 
 
 @pytest.mark.parametrize("is_tiled", [False, True])

@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from comfyui_blip3o.blip3o_core.drawing import sampling
 from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings, sample_features
 from comfyui_blip3o.blip3o_core.models.nextdit import NextDiT
 from comfyui_blip3o.blip3o_core.performance import fused_dit, linear
-from comfyui_blip3o.blip3o_core.performance.fused_dit import FusedDiT, can_fuse
+from comfyui_blip3o.blip3o_core.performance.fused_dit import FusedDiT, PreparedRuns, can_fuse
 from torch import Tensor
 
 GRID = (4, 4)
@@ -77,15 +76,12 @@ def test_half_precision_stays_close() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("has_negative", [False, True])
-def test_a_whole_run_equals_the_plain_one(
-    settings: FeatureSettings, has_negative: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_run_equals_the_plain_one(settings: FeatureSettings, has_negative: bool) -> None:
     dit = tiny_models.build_dit()
     conditioning, noise = inputs(dit)
     negative = conditioning.flip(0) if has_negative else None
     run = dict(noise=noise, settings=settings, negative_conditioning=negative)
-    ours = sample_features(dit, conditioning, **run)
-    monkeypatch.setattr(sampling, "can_fuse", lambda dit: False)
+    ours = sample_features(dit, conditioning, **run, prepare=PreparedRuns())
     plain = sample_features(dit, conditioning, **run)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
     more_steps = replace(settings, steps=settings.steps + 1)
@@ -97,9 +93,10 @@ def test_changed_weights_count_in_the_next_run() -> None:
     dit = tiny_models.build_dit()
     conditioning, noise = inputs(dit)
     settings = FeatureSettings(steps=2)
-    before = sample_features(dit, conditioning, noise=noise, settings=settings)
+    run = {"noise": noise, "settings": settings, "prepare": PreparedRuns()}
+    before = sample_features(dit, conditioning, **run)
     dit.layers[0].attn1.to_v.weight.mul_(2)
-    changed = sample_features(dit, conditioning, noise=noise, settings=settings)
+    changed = sample_features(dit, conditioning, **run)
     assert (changed - before).abs().max() > 1e-3
 
 
@@ -113,11 +110,12 @@ def test_wrapped_layers_are_called() -> None:
     with torch.no_grad():
         assert can_fuse(dit)
     assert not can_fuse(dit)  # with gradients
-    plain = sample_features(dit, conditioning, noise=noise)
+    run = {"noise": noise, "prepare": PreparedRuns()}
+    plain = sample_features(dit, conditioning, **run)
     dit.layers[1].feed_forward.linear_2.__class__ = Wrapped
     with torch.no_grad():
         assert not can_fuse(dit)
-    assert (sample_features(dit, conditioning, noise=noise) - plain).abs().max() > 1e-2
+    assert (sample_features(dit, conditioning, **run) - plain).abs().max() > 1e-2
 
 
 def test_hooks_are_called() -> None:
@@ -125,5 +123,6 @@ def test_hooks_are_called() -> None:
     calls: list[str] = []
     dit.layers[0].attn1.to_q.register_forward_hook(lambda *unused: calls.append("hook"))
     conditioning, noise = inputs(dit)
-    sample_features(dit, conditioning, noise=noise, settings=FeatureSettings(steps=3))
+    settings = FeatureSettings(steps=3)
+    sample_features(dit, conditioning, noise=noise, settings=settings, prepare=PreparedRuns())
     assert len(calls) == 3

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from comfyui_blip3o.blip3o_core import networks
 from comfyui_blip3o.blip3o_core import pipeline as pipeline_module
 from comfyui_blip3o.blip3o_core.devices import pick_device, pick_dtype
 from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings
@@ -445,7 +446,7 @@ def test_offload_lets_a_network_visit_only_while_it_works(
         finally:
             visits.append(f"{type(network).__name__} goes")
 
-    monkeypatch.setattr(pipeline_module, "visit", visit)
+    monkeypatch.setattr(networks, "visit", visit)
     with pytest.raises(Stop):
         pipeline.generate("red", on_feature_step=stop_at(1), **QUICK)
     assert visits == ["Backbone comes", "Backbone goes", "NextDiT comes", "NextDiT goes"]
@@ -476,7 +477,7 @@ def test_two_hundred_generations_do_not_grow_memory(fresh: Blip3oPipeline) -> No
 
 
 def loaded(pipeline: Blip3oPipeline) -> set[str]:
-    return set(pipeline._components)
+    return set(pipeline.networks.loaded)
 
 
 def test_networks_are_loaded_when_first_needed(fresh: Blip3oPipeline) -> None:
@@ -522,7 +523,7 @@ def test_half_precision_draws_nearly_the_same(tiny_folder: Path, pipeline: Blip3
         ({"prompts": ""}, "prompt is empty"),
         ({"prompts": []}, "prompt is empty"),
         ({"prompts": ["red", "  "]}, "prompt is empty"),
-        ({"prompts": "red", "preset": "nice"}, 'no preset "nice".*standard, published, fast'),
+        ({"prompts": "red", "preset": "nice"}, 'preset is "nice".*standard, published, fast'),
         ({"prompts": "red", "images_per_prompt": 0}, "images_per_prompt is 0"),
         ({"prompts": "red", "batch_size": 0}, "batch_size is 0"),
         ({"prompts": "red", "seed": -1}, "seed is -1"),

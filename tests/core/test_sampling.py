@@ -10,6 +10,7 @@ from comfyui_blip3o.blip3o_core.drawing.flow import mix, sigma_schedule
 from comfyui_blip3o.blip3o_core.drawing.sampling import (
     FEATURE_SAMPLERS,
     FeatureSettings,
+    FeatureStart,
     sample_features,
     to_grid,
     to_tokens,
@@ -50,6 +51,10 @@ def conditioning(value: float = 1.0) -> Tensor:
 
 
 def run(dit: FakeDiT, settings: FeatureSettings, **options: object) -> Tensor:
+    """Options of a FeatureStart may be given beside those of sample_features."""
+    begun = {name: options.pop(name) for name in ("strength", "mask") if name in options}
+    if "start_features" in options:
+        options["start"] = FeatureStart(options.pop("start_features"), **begun)
     return to_grid(
         sample_features(dit, conditioning(), noise=noise(), settings=settings, **options), SHAPE[2:]
     )
@@ -313,12 +318,6 @@ def test_features_of_another_model_are_refused() -> None:
     dit = FakeDiT(lambda grid, *_: grid)
     with pytest.raises(BadInputError, match="do not fit this model"):
         run(dit, FeatureSettings(steps=2), start_features=torch.zeros(2, 64, 3), strength=0.5)
-
-
-def test_a_mask_without_start_features_is_refused() -> None:
-    dit = FakeDiT(lambda grid, *_: grid)
-    with pytest.raises(BadInputError, match="mask needs start features"):
-        run(dit, FeatureSettings(steps=2), mask=torch.ones(1, 4, 4))
 
 
 def test_a_strength_beyond_one_is_refused() -> None:

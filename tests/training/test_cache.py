@@ -350,7 +350,7 @@ def test_never_two_networks_are_in_memory(folder: Path, monkeypatch: pytest.Monk
 
         def watched(self: Blip3oPipeline, *args: Any, original: Any = original, **options: Any) -> Any:
             result = original(self, *args, **options)
-            loaded.append(set(self._components))
+            loaded.append(set(self.networks.loaded))
             return result
 
         monkeypatch.setattr(Blip3oPipeline, name, watched)
@@ -360,7 +360,7 @@ def test_never_two_networks_are_in_memory(folder: Path, monkeypatch: pytest.Monk
     cache_features(config, dataset, pipeline, place)
     cache_conditioning(config, dataset, EXTRA, pipeline, place)
     assert loaded == [{"image_encoder"}] * 3 + [{"backbone"}] * 5
-    assert not pipeline._components
+    assert not pipeline.networks.loaded
 
 
 @pytest.mark.skipif(
@@ -426,7 +426,7 @@ def test_a_sound_cache_verifies_and_each_kind_of_fault_is_found(folder: Path):
     def verify() -> dict[str, tuple[str, ...]]:
         pipeline = open_pipeline(config)
         found = verify_cache(config, dataset, EXTRA, place, pipeline, samples=9)
-        assert not pipeline._components
+        assert not pipeline.networks.loaded
         return {problem.kind: problem.names for problem in found}
 
     assert verify() == {}

@@ -130,14 +130,14 @@ def test_the_backbone_is_alone_in_memory_and_then_gone(
 
     def watched(*args: Any, **options: Any) -> list[str]:
         answers = ask(*args, **options)
-        loaded.append(set(pipeline._components))
+        loaded.append(set(pipeline.networks.loaded))
         return answers
 
     monkeypatch.setattr(pipeline, "ask", watched)
     pipeline.load("dit", "image_encoder")
     caption_dataset(config_of(folder).data, pipeline)
     assert loaded == [{"backbone"}] * 3
-    assert not pipeline._components
+    assert not pipeline.networks.loaded
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_file(

@@ -131,17 +131,17 @@ def test_a_stop_while_it_is_measured_also_leaves_a_file_that_can_be_used(model: 
 def test_large_networks_are_in_memory_one_at_a_time(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
+    from comfyui_blip3o.blip3o_core.networks import Networks
 
     together: set[frozenset[str]] = set()
-    load = Blip3oPipeline._component
+    load = Networks.get
 
-    def watch(self: Blip3oPipeline, name: str) -> Any:
+    def watch(self: Networks, name: str) -> Any:
         network = load(self, name)
-        together.add(frozenset(self._components))
+        together.add(frozenset(self.loaded))
         return network
 
-    monkeypatch.setattr(Blip3oPipeline, "_component", watch)
+    monkeypatch.setattr(Networks, "get", watch)
     train_lora(parse_config(run_tree(tmp_path, model)))
     assert {frozenset({name}) for name in ("image_encoder", "backbone", "dit")} <= together
     # While it trains, the DiT waits in host memory for the decoder to draw its samples.
