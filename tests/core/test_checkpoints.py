@@ -2,8 +2,8 @@
 
 import json
 import pickle
-import re
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
