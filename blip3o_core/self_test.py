@@ -35,8 +35,8 @@ from .pipeline import Blip3oPipeline, load_pipeline
 
 RECORDED = Path(__file__).resolve().parent / "assets" / "self_test.json"
 # In standard deviations. The same numbers from one thread and two, and from SSE4, AVX2 and AVX-512 code, differ by 1.2e-5
-# at most (pixels; features by 1.2e-6). Computed in fp16 they differ by 4e-3 (features) and 2e-2 (pixels), in bf16 by 2e-2
-# and 8e-2; a cache that is not read moves them by more than a tenth.
+# at most (pixels; features by 2e-6). Computed in fp16 they differ by 4e-3 (features) and 2e-2 (pixels), in bf16 by 2e-2
+# and 8e-2; a cache that is not read moves the next word's scores by more than 4.
 TOLERANCE = 1e-3
 # Other kernels, and convolutions that may round to TF32, which has the digits of fp16.
 GPU_TOLERANCE = 2e-2
