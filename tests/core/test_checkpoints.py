@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -341,6 +342,31 @@ def test_a_pickle_with_code_is_refused_and_not_run(folder: Path, tower_pickle: P
     with pytest.raises(WrongCheckpointError, match="(?s)pytorch_model.bin.*Python code besides"):
         load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "opens"), [("1.13.1", False), ("2.5.1+cu124", False), ("2.6.0+cpu", True), ("2.10.0a0", True)]
+)
+def test_a_pickle_is_opened_by_a_pytorch_that_keeps_it_from_running_code(
+    folder: Path,
+    tower_pickle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    opens: bool,
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    if opens:
+        assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle)))
+        return
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
+    message = f"(?s)pytorch_model.bin.*{re.escape(version)}.*Update PyTorch to 2.6.*safetensors file.*blip3o convert"
+    for attempt in (
+        lambda: load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle)),
+        lambda: convert_pickle(tower_pickle, tmp_path / "out.safetensors"),
+    ):
+        with pytest.raises(WrongCheckpointError, match=message):
+            attempt()
 
 
 @pytest.mark.parametrize(
@@ -775,7 +801,7 @@ def test_a_decoder_saved_again_in_another_dtype_replaces_the_first(tmp_path: Pat
 
 
 def test_a_converted_folder_holds_the_rounded_tensors(tiny_folder: Path, tmp_path: Path) -> None:
-    written = convert_folder(tiny_folder, tmp_path / "half", torch.bfloat16)
+    written = convert_folder(open_checkpoint(tiny_folder), tmp_path / "half", torch.bfloat16)
     assert (written / "tokenizer.json").is_file()
     files = open_checkpoint(written)
     for name, load in LOADERS.items():
@@ -789,14 +815,16 @@ def test_converting_puts_a_separate_image_encoder_inside(
     folder: Path, tower_pickle: Path, tmp_path: Path
 ) -> None:
     drop_tower(folder)
-    written = convert_folder(folder, tmp_path / "whole", torch.float32, tower_pickle)
+    written = convert_folder(
+        open_checkpoint(folder, image_encoder=tower_pickle), tmp_path / "whole", torch.float32
+    )
     tower_pickle.unlink()
     assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(written)))
 
 
 def test_a_folder_is_not_converted_onto_itself(folder: Path) -> None:
     with pytest.raises(BadInputError, match="same folder"):
-        convert_folder(folder, folder / "." / "", torch.bfloat16)
+        convert_folder(open_checkpoint(folder), folder / "." / "", torch.bfloat16)
 
 
 def test_the_header_tells_shapes_and_bytes(tiny_folder: Path) -> None:

@@ -71,6 +71,16 @@ def test_no_version_is_called_tested_that_the_tests_did_not_meet() -> None:
         assert release(versions.tested_versions()[name]["newest"])[:2] <= release(version)[:2], name
 
 
+def test_the_newest_tested_versions_are_those_of_the_lock() -> None:
+    locked: dict[str, tuple[int, ...]] = {}
+    for line in (ROOT / "locks" / "tested.txt").read_text("utf-8").splitlines():
+        if found := re.match(r"([\w-]+)==([\w.]+)", line):  # a line for each Python that needs a version of its own
+            locked[found[1]] = max(release(found[2])[:2], locked.get(found[1], (0, 0)))
+    newest = {name: release(tested["newest"])[:2] for name, tested in versions.tested_versions().items()}
+    del newest["python"]
+    assert newest == {name: locked[name] for name in newest}
+
+
 def test_the_oldest_tokenizers_is_not_newer_than_what_the_installed_transformers_takes() -> None:
     asked = next(text for text in metadata.requires("transformers") if text.startswith("tokenizers"))
     floor = re.search(r">=([\d.]+)", asked)[1]
@@ -79,7 +89,7 @@ def test_the_oldest_tokenizers_is_not_newer_than_what_the_installed_transformers
 
 def test_wrong_tokenizers_are_mended_through_transformers_which_knows_the_one_it_needs() -> None:
     remedy = check_version("tokenizers", "0.19.1", "0.22", "0.23").remedy
-    assert '"transformers>=4.57"' in remedy and "tokenizers" not in remedy
+    assert '"transformers>=4.57.1"' in remedy and "tokenizers" not in remedy
 
 
 @pytest.mark.parametrize(
