@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..blip3o_core.config import PICTURE_SUFFIXES
 from ..blip3o_core.errors import BadInputError, MissingFilesError
 from ..blip3o_core.units import format_bytes
+from ..blip3o_core.untrusted import is_inner_name, quote
 from .options import (
     add_drawing_options,
     add_model_options,
@@ -256,15 +257,17 @@ def _ready_pipeline(arguments: argparse.Namespace, request: DrawRequest) -> Blip
 def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: Mapping[str, Any]) -> None:
     """The LoRAs of the command line, else those of --like."""
     from ..blip3o_core.lora.files import split_strength
+    from ..blip3o_core.picture_files import loras_of_note
 
     if arguments.lora is not None:
         for text in arguments.lora:
             if text != "none":
                 pipeline.load_lora(*split_strength(text))
         return
-    for used in like.get("loras", []):
-        places = [Path(used["file"]), Path(arguments.like).parent / used["file"]]
-        path = next((place for place in places if place.exists()), None)
+    for used in loras_of_note(arguments.like, like) if like else ():
+        # A picture of a stranger must not make this computer look anywhere else, least of all on a share in the network.
+        folders = (Path("."), Path(arguments.like).parent) if is_inner_name(used["file"]) else ()
+        path = next((place for folder in folders if (place := folder / used["file"]).exists()), None)
         if path is None:
             raise MissingFilesError(
                 f'"{arguments.like}" was drawn with the LoRA "{used["file"]}", which is neither here nor beside it.\n'
@@ -285,7 +288,7 @@ def _other_checkpoint(pipeline: Blip3oPipeline, like: Mapping[str, Any]) -> str 
     if not wanted or wanted == checkpoint_fingerprint(pipeline.files):
         return None
     return (
-        f'the picture was made with checkpoint "{like["checkpoint"]}" ({wanted}), another than the loaded '
+        f"the picture was made with checkpoint {quote(like.get('checkpoint'))} ({str(wanted)[:16]}), another than the loaded "
         f'"{pipeline.files.name}". The new picture will differ.'
     )
 
@@ -307,7 +310,8 @@ def _missing_pictures(arguments: argparse.Namespace, like: Mapping[str, Any]) ->
         del missing["prompt"]
     if arguments.start_image:
         del missing["start"]
-    wanted = [missing[place] for place in like.get("made_from_pictures", []) if place in missing]
+    given_once = like.get("made_from_pictures")
+    wanted = [missing[place] for place in missing if isinstance(given_once, list) and place in given_once]
     if not wanted:
         return None
     return (
