@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from . import quiet  # noqa: F401  whoever starts here, the command or a node, is spared other libraries' remarks
+
 _HOMES = {
     "AnswerSettings": "language.answers",
     "Blip3oError": "errors",

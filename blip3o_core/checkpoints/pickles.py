@@ -11,6 +11,8 @@ from torch import Tensor
 from ..errors import WrongCheckpointError
 from .safetensor_files import refuse_lfs_pointer
 
+# Before it, weights_only did not keep a pickle from running code (CVE-2025-32434).
+SAFE_TORCH = (2, 6)
 # Keys under which trainers put the state_dict when they save more than that.
 NESTS = ("state_dict", "model", "module")
 
@@ -19,8 +21,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """Tensors of a pickled state_dict, mapped from disk; other plain values in it are passed over.
 
     Raises:
-        WrongCheckpointError: the file holds code, is damaged, or holds no table of tensors.
+        WrongCheckpointError: the file holds code, is damaged, or holds no table of tensors; or PyTorch is older than
+            2.6 and could not keep such a file from running code.
     """
+    refuse_unsafe_torch(path)
     with path.open("rb") as file:
         start = file.read(8)
     refuse_lfs_pointer(path, start)
@@ -54,3 +58,15 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             f'"{path.name}" in "{path.parent}" is not a table of tensors.\nUse the published file.'
         )
     return tensors
+
+
+def refuse_unsafe_torch(path: Path) -> None:
+    """Raise WrongCheckpointError when this PyTorch cannot open a pickle safely; `path` is named in it."""
+    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if release < SAFE_TORCH:
+        raise WrongCheckpointError(
+            f'"{path.name}" in "{path.parent}" is a pickle and was not opened: with PyTorch {torch.__version__} such a '
+            "file could run code on this computer (CVE-2025-32434).\n"
+            "Update PyTorch to 2.6 or newer, or use a safetensors file; "
+            f'"blip3o convert {path.name} {path.stem}.safetensors" on another machine makes one.'
+        )

@@ -19,7 +19,7 @@ from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings
 from comfyui_blip3o.blip3o_core.errors import Blip3oError, MissingFilesError, WrongCheckpointError
 from comfyui_blip3o.blip3o_core.language.answers import AnswerSettings
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +38,8 @@ class Variant:
     options: dict[str, Any]
 
     def read(self) -> Tensors:
-        return load_file(str(self.folder / SHARD))
+        # Not mapped: write() goes over the same file.
+        return load((self.folder / SHARD).read_bytes())
 
     def write(self, tensors: Tensors, *, index: bool = True) -> None:
         save_file(tensors, str(self.folder / SHARD))

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -341,6 +342,31 @@ def test_a_pickle_with_code_is_refused_and_not_run(folder: Path, tower_pickle: P
     with pytest.raises(WrongCheckpointError, match="(?s)pytorch_model.bin.*Python code besides"):
         load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "opens"), [("1.13.1", False), ("2.5.1+cu124", False), ("2.6.0+cpu", True), ("2.10.0a0", True)]
+)
+def test_a_pickle_is_opened_by_a_pytorch_that_keeps_it_from_running_code(
+    folder: Path,
+    tower_pickle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    opens: bool,
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    if opens:
+        assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle)))
+        return
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
+    message = f"(?s)pytorch_model.bin.*{re.escape(version)}.*Update PyTorch to 2.6.*safetensors file.*blip3o convert"
+    for attempt in (
+        lambda: load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle)),
+        lambda: convert_pickle(tower_pickle, tmp_path / "out.safetensors"),
+    ):
+        with pytest.raises(WrongCheckpointError, match=message):
+            attempt()
 
 
 @pytest.mark.parametrize(
