@@ -9,6 +9,8 @@ from pathlib import Path
 BUILT_IN_MODEL = Path(__file__).resolve().parent / "assets" / "tiny"
 # Pixels along a tile of the VAE, whatever its own configuration says: SDXL's names 1024, the whole of our pictures.
 TILE_SIDE = 512
+# Endings of the picture files that every part of the program reads.
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 # Width of the conditioning -> hub repository of the published checkpoint.
 PUBLISHED_REPOS = {3584: "BLIP3o/BLIP3o-Model-8B", 2048: "BLIP3o/BLIP3o-Model-4B"}
 

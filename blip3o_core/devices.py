@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from .errors import BadInputError
@@ -47,3 +48,18 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint_bytes:
     if dtype not in DTYPE_NAMES:
         raise BadInputError(f'"{dtype}" is no dtype; choose one of auto, {", ".join(DTYPE_NAMES)}.')
     return DTYPE_NAMES[dtype]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free where networks compute."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # Apple's GPU shares the main memory.
+    return psutil.virtual_memory().available if device.type in ("cpu", "mps") else None
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory where networks compute, free or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total

@@ -103,8 +103,8 @@ def save_png(picture: Image.Image, path: Path, description: dict[str, Any]) -> N
         temporary.unlink(missing_ok=True)
 
 
-def read_description(path: str | Path) -> dict[str, Any]:
-    """The description in a picture written by save_png.
+def read_note(path: str | Path) -> dict[str, Any]:
+    """The note in a picture written by save_png: how it was made.
 
     Raises:
         BadInputError: no such picture, or one without a description that can be understood.
@@ -112,6 +112,8 @@ def read_description(path: str | Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             text = image.info.get(PNG_KEY)
+    except FileNotFoundError:
+        raise BadInputError(f'There is no picture "{path}".\nCheck the path.') from None
     except (OSError, ValueError, SyntaxError) as error:
         raise BadInputError(f'"{path}" cannot be opened as a picture ({error}).') from error
     if text is None:

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoints.layout import open_checkpoint
-from .devices import pick_device, pick_dtype
+from .checkpoints.memory_plan import painting_bytes
+from .devices import pick_device, pick_dtype, total_memory
 from .drawing.decoding import PixelCallback, PixelSettings, PixelStart, decode_features, picture_size
 from .drawing.noise import MAX_SEED, PublishedNoise, SeededNoise, seeded_noise
 from .drawing.presets import Generation
@@ -24,6 +25,7 @@ from .language.prompts import SYSTEM_PROMPT, TextTokenizer
 from .lora.files import LoraFile
 from .networks import LoadedLora, NetworkLender, Networks
 from .performance.quantize import check_format
+from .units import format_bytes
 
 if TYPE_CHECKING:  # transformers and diffusers are imported only when their component is loaded
     from .language.answers import AnswerSettings, TextCallback, Turn
@@ -296,6 +298,24 @@ class Blip3oPipeline:
         )
         return self._draw_all(request, on_feature_step, on_pixel_step)
 
+    def check(self, request: DrawRequest) -> None:
+        """Refuse what this checkpoint cannot draw on this device; reads configurations, computes nothing.
+
+        Raises:
+            BadInputError: an impossible picture size, or one that the device has too little memory for.
+            MissingFilesError: there is no decoder.
+        """
+        unet, vae = self.files.decoder_config("unet"), self.files.decoder_config("vae")
+        height, width = size = request.size(unet, vae)
+        is_tiled = _given(request.pixels).tiled
+        needed = painting_bytes(unet, vae, size, is_tiled=is_tiled, number_bytes=self.dtype.itemsize)
+        there = total_memory(self.device)
+        if needed > there:
+            raise BadInputError(
+                f"A picture of {width} x {height} pixels needs about {format_bytes(needed)} to paint, but this device has "
+                f"{format_bytes(there)} in all.\nDraw it smaller{'' if is_tiled else ', or decode it in tiles (tiled)'}."
+            )
+
     def draw(
         self,
         request: DrawRequest,
@@ -310,6 +330,7 @@ class Blip3oPipeline:
         Args:
             on_feature_step, on_pixel_step: see sample_features and decode; called for each batch.
         """
+        self.check(request)
         features, pixels = _given(request.features), _given(request.pixels)
         start_features = request.start_features
         if request.start_pictures:

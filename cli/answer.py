@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..blip3o_core.errors import BadInputError
 from .options import (
     add_answer_options,
     add_model_options,
     answer_options,
     command,
+    open_picture,
     open_pipeline,
     picture_paths,
 )
@@ -22,7 +24,7 @@ from .options import (
 def add_ask(commands: Any) -> None:
     parser = command(commands, "ask", run_ask, "Ask about pictures.")
     parser.add_argument("question")
-    parser.add_argument("picture", type=Path, nargs="*", help="pictures, asked about one by one")
+    parser.add_argument("picture", nargs="*", help="pictures, asked about one by one")
     parser.add_argument("--together", action="store_true", help="one question about all the pictures at once")
     parser.add_argument(
         "--choices", nargs="+", metavar="CHOICE", help="answer with the probability of each of these"
@@ -36,7 +38,7 @@ def add_caption(commands: Any) -> None:
     parser = command(
         commands, "caption", run_caption, "Describe pictures; optionally write a text file beside each."
     )
-    parser.add_argument("picture", type=Path, nargs="+", help="picture files or folders of them")
+    parser.add_argument("picture", nargs="+", help="picture files or folders of them")
     parser.add_argument("--style", default="short", help="short, detailed, tags or training (default: short)")
     parser.add_argument(
         "--write", action="store_true", help="write NAME.txt beside NAME.png; existing files are kept"
@@ -48,10 +50,13 @@ def add_caption(commands: Any) -> None:
 
 
 def run_ask(arguments: argparse.Namespace) -> None:
-    from ..blip3o_core.images import load_image
-
+    if not arguments.question.strip():
+        raise BadInputError(
+            'There is no question.\nWrite one, e.g. blip3o ask "What is in this picture?" picture.png'
+        )
+    options = answer_options(arguments)
     paths = arguments.picture
-    pictures = [load_image(path) for path in paths]
+    pictures = [open_picture(path) for path in paths]
     pipeline = open_pipeline(arguments)
     together = arguments.together or not paths
     groups = [pictures] if together else [[picture] for picture in pictures]
@@ -64,7 +69,7 @@ def run_ask(arguments: argparse.Namespace) -> None:
         answers = [{"yes": pipeline.ask_yes_no(arguments.question, each, **limits)} for each in groups]
     else:
         with _streaming(arguments, len(groups)) as on_text:
-            answers = pipeline.ask(arguments.question, groups, on_text=on_text, **answer_options(arguments))
+            answers = pipeline.ask(arguments.question, groups, on_text=on_text, **options)
         if on_text is not None:
             return
     labels = [[str(path) for path in paths]] if together else [[str(path)] for path in paths]
@@ -86,23 +91,21 @@ def run_caption(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..blip3o_core.checkpoints.save import write_text
-    from ..blip3o_core.images import load_image
 
+    options = answer_options(arguments)
     paths = picture_paths(arguments.picture)
     if arguments.write and not arguments.overwrite:
-        paths = [path for path in paths if not path.with_suffix(".txt").exists()]
+        paths = [path for path in paths if not Path(path).with_suffix(".txt").exists()]
     pipeline = open_pipeline(arguments)
     captions = {}
     with tqdm(total=len(paths), unit="picture", disable=arguments.quiet or arguments.json) as bar:
         for start in range(0, len(paths), arguments.batch_size):
             batch = paths[start : start + arguments.batch_size]
-            written = pipeline.caption(
-                [load_image(path) for path in batch], arguments.style, **answer_options(arguments)
-            )
+            written = pipeline.caption([open_picture(path) for path in batch], arguments.style, **options)
             for path, caption in zip(batch, written, strict=True):
-                captions[str(path)] = caption
+                captions[path] = caption
                 if arguments.write:
-                    write_text(path.with_suffix(".txt"), caption + "\n")
+                    write_text(Path(path).with_suffix(".txt"), caption + "\n")
             bar.update(len(batch))
     if arguments.json:
         print(json.dumps(captions, indent=2, ensure_ascii=False))

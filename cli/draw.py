@@ -4,37 +4,78 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..blip3o_core.config import PICTURE_SUFFIXES
 from ..blip3o_core.errors import BadInputError, MissingFilesError
+from ..blip3o_core.units import format_bytes
 from .options import (
-    PICTURE_SUFFIXES,
     add_drawing_options,
     add_model_options,
+    as_typed,
     command,
     given,
     named,
+    open_picture,
     open_pipeline,
     parse_size,
+    read_lines,
 )
 
 if TYPE_CHECKING:  # torch takes seconds to import: only commands that compute do so
-    from ..blip3o_core.pipeline import Blip3oPipeline, Generation
+    from ..blip3o_core.drawing.request import DrawRequest
+    from ..blip3o_core.pipeline import Blip3oPipeline
+
+# Settings and the options that a person types for them.
+REQUEST_NAMES = {
+    "images_per_prompt": "--count",
+    "batch_size": "--batch-size",
+    "seed": "--seed",
+    "pixel_seed": "--pixel-seed",
+    "preset": "--preset",
+    "strength": "--strength",
+    "width": "--size: the width",
+    "height": "--size: the height",
+}
+FEATURE_NAMES = {
+    "steps": "--steps",
+    "guidance_scale": "--cfg",
+    "sampler": "--sampler",
+    "shift": "--shift",
+    "guidance_interval": "--guidance-interval",
+}
+PIXEL_NAMES = {
+    "steps": "--pixel-steps",
+    "guidance_scale": "--pixel-cfg",
+    "sampler": "--pixel-sampler",
+    "width": "--size: the width",
+    "height": "--size: the height",
+}
+ZEROS = "zeros"
 
 
 def add_generate(commands: Any) -> None:
     parser = command(commands, "generate", run_generate, "Draw pictures from prompts.")
     parser.add_argument(
-        "prompt", nargs="*", help="what the picture should show; several prompts make several pictures"
+        "prompt",
+        nargs="*",
+        help='what the picture should show; several prompts make several pictures; "-" = from standard input, one a line',
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='prompts from a text file, one a line ("-" = standard input); empty lines and lines with # are left out',
     )
     parser.add_argument("-n", "--count", type=int, default=1, help="pictures for each prompt (default: 1)")
     parser.add_argument(
         "--like",
-        type=Path,
         metavar="PNG",
         help="take prompt, seeds and settings from a picture made by this program",
     )
@@ -46,15 +87,12 @@ def add_generate(commands: Any) -> None:
     )
     parser.add_argument(
         "--image",
-        type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help="a picture inside the prompt (edit instructions); may be repeated",
+        help="a picture inside the prompt (edit instructions); may be repeated; <image> in the prompt is its place",
     )
-    parser.add_argument(
-        "--start-image", type=Path, metavar="FILE", help="start the decoder from this picture"
-    )
+    parser.add_argument("--start-image", metavar="FILE", help="start the decoder from this picture")
     parser.add_argument("--strength", type=float, help="how far from the start picture, 0 to 1 (default: 1)")
     add_drawing_options(parser)
     add_model_options(parser)
@@ -64,7 +102,7 @@ def add_vary(commands: Any) -> None:
     parser = command(
         commands, "vary", run_vary, "Draw new pictures from pictures, through EVA-CLIP image features."
     )
-    parser.add_argument("picture", type=Path, nargs="+", help="picture files")
+    parser.add_argument("picture", nargs="+", help="picture files")
     parser.add_argument("--prompt", help="move the pictures towards this text")
     parser.add_argument("--strength", type=float, help="how far towards the prompt, 0 to 1 (default: 0.6)")
     parser.add_argument("-n", "--count", type=int, default=1, help="pictures for each input (default: 1)")
@@ -73,79 +111,149 @@ def add_vary(commands: Any) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    from ..blip3o_core.images import load_image
-    from ..blip3o_core.picture_files import read_description
+    from ..blip3o_core.drawing.request import DrawRequest
+    from ..blip3o_core.picture_files import read_note
 
-    _check_target(arguments.out)
-    like = read_description(arguments.like) if arguments.like else {}
+    like = read_note(arguments.like) if arguments.like else {}
     if like and not like.get("prompt") and not arguments.prompt:
         raise BadInputError(
             f'"{arguments.like}" was drawn from another picture without a prompt.\n'
             "Use blip3o vary with that picture, or write a prompt."
         )
-    prompts = arguments.prompt or ([like["prompt"]] if like.get("prompt") else [])
+    known = _options_of(arguments.like, like)
+    in_prompt = tuple(map(open_picture, arguments.image))
+    prompts = _prompts(arguments) or known.pop("prompts", ())
     if not prompts:
         raise BadInputError(
             'There is no prompt.\nWrite one, e.g. blip3o generate "a red circle", or use --like picture.png.'
         )
-    pixel_negative = given(arguments.pixel_negative, like.get("pixel_negative", " "))
-    pipeline = open_pipeline(arguments)
+    if arguments.seed is not None:
+        known.pop("pixel_seed", None)
+    start_images = (open_picture(arguments.start_image),) if arguments.start_image else ()
+    if not start_images:
+        known.pop("strength", None)
+    options = {
+        **known,
+        **_settings(arguments, known),
+        **_request_options(arguments),
+        **named(negative_prompt=arguments.negative, pixel_negative=arguments.pixel_negative),
+        "prompts": tuple(prompts),
+        "images": (in_prompt,) * len(prompts) if in_prompt else (),
+        "start_images": start_images,
+    }
+    if options.get("pixel_negative") == ZEROS:
+        options["pixel_negative"] = None
+    with as_typed(REQUEST_NAMES):
+        request = DrawRequest(**options)
+    pipeline = _ready_pipeline(arguments, request)
     _load_loras(arguments, pipeline, like)
-    _warn_of_other_checkpoint(pipeline, like)
-    _warn_of_missing_pictures(arguments, like)
-    _warn_of_published_noise(arguments, like)
-    in_prompt = [load_image(path) for path in arguments.image]
-    start = [load_image(arguments.start_image)] if arguments.start_image else None
-    features, pixels = _settings(arguments, like)
-    with _drawing_bars(arguments) as bars:
-        generation = pipeline.generate(
-            prompts,
-            images=[in_prompt] * len(prompts) if in_prompt else None,
-            images_per_prompt=arguments.count,
-            seed=given(arguments.seed, like.get("seed", 0)),
-            pixel_seed=given(
-                arguments.pixel_seed, None if arguments.seed is not None else like.get("pixel_seed")
-            ),
-            preset=given(arguments.preset, like.get("preset", "standard")),
-            features=features,
-            pixels=pixels,
-            negative_prompt=given(arguments.negative, like.get("negative_prompt")),
-            pixel_negative=None if pixel_negative == "zeros" else pixel_negative,
-            pixel_negative_seed=like.get("pixel_negative_seed", 0),
-            start_images=start,
-            strength=given(arguments.strength, like.get("strength", 1.0) if start else 1.0),
-            batch_size=arguments.batch_size,
-            **bars,
-        )
-    _save(arguments, pipeline, generation)
+    for text in (
+        _other_checkpoint(pipeline, like),
+        _missing_pictures(arguments, like),
+        _published_noise(arguments, like),
+    ):
+        if text:
+            print(f"Note: {text}", file=sys.stderr)
+    _draw(arguments, pipeline, request)
 
 
 def run_vary(arguments: argparse.Namespace) -> None:
-    from ..blip3o_core.images import load_image
+    from ..blip3o_core.drawing.request import DrawRequest
 
-    _check_target(arguments.out)
-    pictures = [load_image(path) for path in arguments.picture]
-    pipeline = open_pipeline(arguments)
-    _load_loras(arguments, pipeline, {})
-    features, pixels = _settings(arguments, {})
-    with _drawing_bars(arguments) as bars:
-        generation = pipeline.vary(
-            pictures,
-            prompt=arguments.prompt,
-            strength=given(arguments.strength, 0.6),
-            count=arguments.count,
-            seed=given(arguments.seed, 0),
-            pixel_seed=arguments.pixel_seed,
-            preset=given(arguments.preset, "standard"),
-            features=features,
-            pixels=pixels,
-            batch_size=arguments.batch_size,
-            **bars,
+    pictures = tuple(map(open_picture, arguments.picture))
+    with as_typed(REQUEST_NAMES):
+        request = DrawRequest(
+            prompts=(arguments.prompt or "",) * len(pictures),
+            start_pictures=pictures,
+            **{"strength": 0.6, **_settings(arguments, {}), **_request_options(arguments)},
         )
-    _save(arguments, pipeline, generation)
+    pipeline = _ready_pipeline(arguments, request)
+    _load_loras(arguments, pipeline, {})
+    _draw(arguments, pipeline, request)
 
 
-def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: dict[str, Any]) -> None:
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, of a file or of standard input."""
+    if arguments.prompts is not None:
+        return [*arguments.prompt, *read_lines(arguments.prompts)]
+    return read_lines("-") if arguments.prompt == ["-"] else arguments.prompt
+
+
+def _request_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        **named(
+            seed=arguments.seed,
+            pixel_seed=arguments.pixel_seed,
+            preset=arguments.preset,
+            strength=arguments.strength,
+        ),
+        "images_per_prompt": arguments.count,
+        "batch_size": arguments.batch_size,
+    }
+
+
+def _options_of(path: str, note: Mapping[str, Any]) -> dict[str, Any]:
+    """What --like says about a drawing."""
+    from ..blip3o_core.drawing.request import DrawRequest
+
+    try:
+        return DrawRequest.options_of_note(note)
+    except BadInputError as error:
+        raise BadInputError(
+            f'"{path}" does not say clearly how it was made. {error}\nWrite prompt and settings yourself.'
+        ) from error
+
+
+def _settings(arguments: argparse.Namespace, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of both stages: the preset's, then those of --like, then what the command line names."""
+    from ..blip3o_core.drawing.presets import PRESETS
+    from ..blip3o_core.errors import check_choice
+
+    name = given(arguments.preset, known.get("preset", "standard"))
+    with as_typed(REQUEST_NAMES):
+        check_choice("preset", name, list(PRESETS))
+    use_like = arguments.preset is None
+    width, height = parse_size(arguments.size)
+    interval = None if arguments.guidance_interval is None else tuple(arguments.guidance_interval)
+    features = known["features"] if use_like and "features" in known else PRESETS[name].features
+    pixels = known["pixels"] if use_like and "pixels" in known else PRESETS[name].pixels
+    with as_typed(FEATURE_NAMES):
+        features = replace(
+            features,
+            **named(
+                steps=arguments.steps,
+                guidance_scale=arguments.cfg,
+                sampler=arguments.sampler,
+                shift=arguments.shift,
+                guidance_interval=interval,
+            ),
+        )
+    with as_typed(PIXEL_NAMES):
+        pixels = replace(
+            pixels,
+            **named(
+                steps=arguments.pixel_steps,
+                guidance_scale=arguments.pixel_cfg,
+                sampler=arguments.pixel_sampler,
+                width=width,
+                height=height,
+                tiled=arguments.tiled,
+            ),
+        )
+    return {"features": features, "pixels": pixels}
+
+
+def _ready_pipeline(arguments: argparse.Namespace, request: DrawRequest) -> Blip3oPipeline:
+    """The pipeline, once everything that can be known about a drawing beforehand is in order."""
+    _check_target(arguments.out, request.total)
+    pipeline = open_pipeline(arguments)
+    with as_typed(REQUEST_NAMES):
+        pipeline.check(request)
+    _check_room(Path(arguments.out), request, pipeline)
+    return pipeline
+
+
+def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: Mapping[str, Any]) -> None:
     """The LoRAs of the command line, else those of --like."""
     from ..blip3o_core.lora.files import split_strength
 
@@ -155,7 +263,7 @@ def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: d
                 pipeline.load_lora(*split_strength(text))
         return
     for used in like.get("loras", []):
-        places = [Path(used["file"]), arguments.like.parent / used["file"]]
+        places = [Path(used["file"]), Path(arguments.like).parent / used["file"]]
         path = next((place for place in places if place.exists()), None)
         if path is None:
             raise MissingFilesError(
@@ -170,67 +278,29 @@ def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: d
             )
 
 
-def _settings(arguments: argparse.Namespace, like: dict[str, Any]) -> tuple[Any, Any]:
-    """Settings of both stages: the preset's, then those of --like, then what the command line names."""
-    from ..blip3o_core.drawing.decoding import PixelSettings
-    from ..blip3o_core.drawing.presets import PRESETS
-    from ..blip3o_core.drawing.sampling import FeatureSettings, check_choice
-
-    name = given(arguments.preset, like.get("preset", "standard"))
-    check_choice("preset", name, list(PRESETS))
-    use_like = arguments.preset is None
-    width, height = parse_size(arguments.size)
-    features = {
-        **vars(PRESETS[name].features),
-        **(like.get("features", {}) if use_like else {}),
-        **named(
-            steps=arguments.steps,
-            guidance_scale=arguments.cfg,
-            sampler=arguments.sampler,
-            shift=arguments.shift,
-            guidance_interval=arguments.guidance_interval,
-        ),
-    }
-    pixels = {
-        **vars(PRESETS[name].pixels),
-        **(like.get("pixels", {}) if use_like else {}),
-        **named(
-            steps=arguments.pixel_steps,
-            guidance_scale=arguments.pixel_cfg,
-            sampler=arguments.pixel_sampler,
-            width=width,
-            height=height,
-            tiled=arguments.tiled,
-        ),
-    }
-    for settings in (features, pixels):
-        settings["guidance_interval"] = tuple(settings["guidance_interval"])
-    return FeatureSettings(**features), PixelSettings(**pixels)
-
-
-def _warn_of_other_checkpoint(pipeline: Blip3oPipeline, like: dict[str, Any]) -> None:
+def _other_checkpoint(pipeline: Blip3oPipeline, like: Mapping[str, Any]) -> str | None:
     from ..blip3o_core.picture_files import checkpoint_fingerprint
 
     wanted = like.get("checkpoint_hash")
-    if wanted and wanted != checkpoint_fingerprint(pipeline.files):
-        print(
-            f'Note: the picture was made with checkpoint "{like["checkpoint"]}" ({wanted}), another than the loaded '
-            f'"{pipeline.files.name}". The new picture will differ.',
-            file=sys.stderr,
-        )
+    if not wanted or wanted == checkpoint_fingerprint(pipeline.files):
+        return None
+    return (
+        f'the picture was made with checkpoint "{like["checkpoint"]}" ({wanted}), another than the loaded '
+        f'"{pipeline.files.name}". The new picture will differ.'
+    )
 
 
-def _warn_of_published_noise(arguments: argparse.Namespace, like: dict[str, Any]) -> None:
+def _published_noise(arguments: argparse.Namespace, like: Mapping[str, Any]) -> str | None:
     """Published code draws the decoder's negative once, from the noise of the first picture of a run."""
-    if like.get("preset") == "published" and arguments.preset in (None, "published"):
-        print(
-            f'Note: "{arguments.like}" was drawn with the preset "published", in which all pictures of a run depend on '
-            "its first picture. Unless it was the first, the new picture will differ.",
-            file=sys.stderr,
-        )
+    if like.get("preset") != "published" or arguments.preset not in (None, "published"):
+        return None
+    return (
+        f'"{arguments.like}" was drawn with the preset "published", in which all pictures of a run depend on '
+        "its first picture. Unless it was the first, the new picture will differ."
+    )
 
 
-def _warn_of_missing_pictures(arguments: argparse.Namespace, like: dict[str, Any]) -> None:
+def _missing_pictures(arguments: argparse.Namespace, like: Mapping[str, Any]) -> str | None:
     """A PNG keeps settings, not the pictures it was made from."""
     missing = {"prompt": "--image", "start": "--start-image", "features": "blip3o vary"}
     if arguments.image:
@@ -238,12 +308,12 @@ def _warn_of_missing_pictures(arguments: argparse.Namespace, like: dict[str, Any
     if arguments.start_image:
         del missing["start"]
     wanted = [missing[place] for place in like.get("made_from_pictures", []) if place in missing]
-    if wanted:
-        print(
-            f'Note: "{arguments.like}" was also made from pictures, which its file does not hold. '
-            f"Give them again ({', '.join(wanted)}), or the new picture will differ.",
-            file=sys.stderr,
-        )
+    if not wanted:
+        return None
+    return (
+        f'"{arguments.like}" was also made from pictures, which its file does not hold. '
+        f"Give them again ({', '.join(wanted)}), or the new picture will differ."
+    )
 
 
 @contextmanager
@@ -272,34 +342,65 @@ def _drawing_bars(arguments: argparse.Namespace) -> Iterator[dict[str, Callable[
             bar.close()
 
 
-def _save(arguments: argparse.Namespace, pipeline: Blip3oPipeline, generation: Generation) -> None:
+def _draw(arguments: argparse.Namespace, pipeline: Blip3oPipeline, request: DrawRequest) -> None:
+    """Draw, and save each picture as soon as its batch is there: what is done stays, whatever happens next."""
     from ..blip3o_core.picture_files import checkpoint_fingerprint, describe_picture, save_png
 
     fingerprint = checkpoint_fingerprint(pipeline.files)
-    pictures = generation.pictures
-    saved = []
-    for index, (path, picture) in enumerate(
-        zip(_target_paths(arguments.out, len(pictures)), pictures, strict=True)
-    ):
-        description = describe_picture(generation, index, pipeline.files.name, fingerprint)
-        save_png(picture, path, description)
-        saved.append({"file": str(path), **description})
-        if not arguments.json:
-            print(path)
-    if arguments.json:
-        print(json.dumps(saved, indent=2, ensure_ascii=False))
+    paths = iter(_target_paths(Path(arguments.out), request.total))
+    saved: list[dict[str, Any]] = []
+    try:
+        with _drawing_bars(arguments) as bars:
+            for generation in pipeline.draw(request, **bars):
+                for index, picture in enumerate(generation.pictures):
+                    path = next(paths)
+                    description = describe_picture(generation, index, pipeline.files.name, fingerprint)
+                    save_png(picture, path, description)
+                    saved.append({"file": str(path), **description})
+                    if not arguments.json:
+                        print(path, flush=True)
+    finally:
+        if arguments.json:
+            print(json.dumps(saved, indent=2, ensure_ascii=False))
+        if saved and len(saved) < request.total and not isinstance(sys.exc_info()[1], BrokenPipeError):
+            print(f"{len(saved)} of {request.total} pictures are saved.", file=sys.stderr)
 
 
-def _check_target(out: Path) -> None:
+def _check_target(out: str, count: int) -> None:
     """Raise BadInputError for a target that cannot be written, before minutes go into the drawing."""
-    if out.suffix.lower() in PICTURE_SUFFIXES and out.suffix.lower() != ".png":
+    if not out:
+        raise BadInputError(
+            "--out is empty.\nName a folder or a .png file, or leave --out away to draw here."
+        )
+    path = Path(out)
+    if path.suffix.lower() in PICTURE_SUFFIXES and path.suffix.lower() != ".png":
         raise BadInputError(
             f'"{out}" is no PNG file; only PNG keeps prompt and seeds.\nName a .png file or a folder.'
         )
-    folder = out.parent if out.suffix.lower() == ".png" else out
-    blocked = next((each for each in (folder, *folder.parents) if each.exists() and not each.is_dir()), None)
-    if blocked is not None:
-        raise BadInputError(f'"{out}" cannot be written: "{blocked}" is a file.\nName another folder.')
+    folder = path.parent if path.suffix.lower() == ".png" else path
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise BadInputError(f'"{out}" cannot be written: "{there}" is a file.\nName another folder.')
+    try:
+        # Asking for permission is answered wrongly on some systems; trying is not.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise BadInputError(
+            f'Nothing can be written into "{there}" ({error.strerror}).\nName another folder with --out.'
+        ) from error
+
+
+def _check_room(out: Path, request: DrawRequest, pipeline: Blip3oPipeline) -> None:
+    """Raise BadInputError when the disk is too full for the pictures, each counted as if nothing could be compressed."""
+    height, width = request.size(pipeline.files.decoder_config("unet"), pipeline.files.decoder_config("vae"))
+    there = next(each for each in (out, *out.absolute().parents) if each.exists())
+    needed, free = 3 * height * width * request.total, shutil.disk_usage(there).free
+    if needed > free:
+        raise BadInputError(
+            f'{request.total} pictures of {width} x {height} pixels may need {format_bytes(needed)}, but "{there}" has '
+            f"{format_bytes(free)} free.\nMake room, name another folder with --out, or draw fewer (--count)."
+        )
 
 
 def _target_paths(out: Path, count: int) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..blip3o_core.errors import BadInputError
 from ..blip3o_core.units import UNIT_WORDS, format_bytes
-from .options import built_in_model, command
+from .options import add_part_options, command, open_files
 
 if TYPE_CHECKING:  # torch takes seconds to import: only commands that compute do so
     from ..blip3o_core.checkpoints.layout import CheckpointFiles
@@ -27,6 +27,7 @@ def add_info(commands: Any) -> None:
         metavar="SIZE",
         help="what goes where on a card of this size, e.g. 8GB, and with which options",
     )
+    add_part_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON for scripts")
 
 
@@ -65,9 +66,7 @@ def add_convert(commands: Any) -> None:
     parser.add_argument("source", type=Path, help="checkpoint folder, or a .bin file")
     parser.add_argument("target", type=Path, help="new folder, or a .safetensors file")
     parser.add_argument("--dtype", default="bf16", help="bf16, fp16 or fp32 (default: bf16)")
-    parser.add_argument(
-        "--image-encoder", type=Path, metavar="PATH", help="put this EVA-CLIP into the folder"
-    )
+    add_part_options(parser)
 
 
 def add_verify(commands: Any) -> None:
@@ -84,9 +83,10 @@ def add_verify(commands: Any) -> None:
 
 def run_info(arguments: argparse.Namespace) -> None:
     from ..blip3o_core.checkpoints.info import describe_checkpoint
-    from ..blip3o_core.checkpoints.layout import open_checkpoint
+    from ..blip3o_core.checkpoints.layout import LeftOut
+    from ..blip3o_core.checkpoints.match import describe_left_out
 
-    files = open_checkpoint(arguments.folder or built_in_model())
+    files = open_files(arguments, arguments.folder)
     plans = _memory_plans(files, arguments.plan) if arguments.plan else []
     if plans and not arguments.json:
         print("\n".join(str(plan) for plan in plans))
@@ -109,6 +109,8 @@ def run_info(arguments: argparse.Namespace) -> None:
             print(
                 f"  {name:14} {format_bytes(info['bytes']):>9}  {info['parameters'] / 1e6:10,.1f} M parameters  {', '.join(info['dtypes'])}"
             )
+    if description["left_out"]:
+        print(f"  left out: {describe_left_out([LeftOut(**group) for group in description['left_out']])}")
     for use, fit in description["memory"].items():
         if fit["available"]:
             cards = ", ".join(f"{card}: {verdict}" for card, verdict in fit["cards"].items())
@@ -163,7 +165,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
     if arguments.source.is_file():
         written = convert_pickle(arguments.source, arguments.target, dtype)
     else:
-        written = convert_folder(arguments.source, arguments.target, dtype, arguments.image_encoder)
+        written = convert_folder(open_files(arguments, arguments.source), arguments.target, dtype)
     print(f"Wrote {written}")
 
 

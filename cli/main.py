@@ -1,9 +1,10 @@
-"""The `blip3o` command: draw, ask, caption, vary, inspect, download, convert, verify, check, train, pretrain and score."""
+"""The `blip3o` command: draw, ask, caption, chat, vary, inspect, download, convert, verify, check, train, pretrain and score."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,23 +13,35 @@ from ..lora_training.cli import add_lora
 from ..pretraining.cli import add_eval, add_pretrain, run_eval, run_pretrain
 from ..pretraining.evaluation.benchmarks import add_benchmark_arguments, run_benchmark
 from .answer import add_ask, add_caption
+from .chat import add_chat
 from .doctor import add_doctor
 from .draw import add_generate, add_vary
 from .folders import add_convert, add_download, add_info, add_verify
 from .options import command
 
 EXIT_ERROR = 2
-
-
 EXIT_INTERRUPTED = 130
+# 128 + SIGPIPE, as the shell's own commands end.
+EXIT_BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 something is wrong, 2 a user can mend it, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 something is wrong, 2 a user can mend it, 130 interrupted, 141 cut off."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     arguments = build_parser().parse_args(argv)
+    if not getattr(arguments, "quiet", False):
+        # What is left out of a checkpoint is worth a word, not a warning.
+        logging.getLogger(f"{__package__.rpartition('.')[0]}.blip3o_core.checkpoints.match").setLevel(
+            logging.INFO
+        )
     try:
-        return arguments.run_command(arguments) or 0
+        code = arguments.run_command(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output (`| head -1`) has enough. What is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except Blip3oError as error:
         print(error, file=sys.stderr)
         return EXIT_ERROR
@@ -54,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_vary(commands)
     add_ask(commands)
     add_caption(commands)
+    add_chat(commands)
     add_info(commands)
     add_download(commands)
     add_convert(commands)

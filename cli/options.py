@@ -3,28 +3,56 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..blip3o_core.config import BUILT_IN_MODEL
-from ..blip3o_core.errors import BadInputError, MissingFilesError
+from ..blip3o_core.config import BUILT_IN_MODEL, PICTURE_SUFFIXES
+from ..blip3o_core.errors import BadInputError, MissingFilesError, SettingError
 
 if TYPE_CHECKING:  # torch takes seconds to import: only commands that compute do so
+    from PIL import Image
+
+    from ..blip3o_core.checkpoints.layout import CheckpointFiles
     from ..blip3o_core.pipeline import Blip3oPipeline
 
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ANSWER_NAMES = {
+    "max_new_tokens": "--max-tokens",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "repetition_penalty": "--repetition-penalty",
+    "seed": "--seed",
+}
 
 
 def command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int | None] | None, text: str
-) -> Any:
+) -> argparse.ArgumentParser:
+    """Add a command to the parsers of `blip3o`."""
     parser = commands.add_parser(
         name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.set_defaults(run_command=run)
     return parser
+
+
+def add_part_options(parser: Any) -> None:
+    """Where the parts of a checkpoint come from that may lie elsewhere."""
+    parser.add_argument(
+        "--decoder",
+        type=Path,
+        metavar="FOLDER",
+        help="a diffusion-decoder folder, or a checkpoint that has one, for a model without its own",
+    )
+    parser.add_argument(
+        "--image-encoder", type=Path, metavar="PATH", help="a separate EVA-CLIP file or its folder"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a checkpoint with tensors that nothing needs"
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +82,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="on a CUDA GPU: record and compile what is repeated; the first picture takes a minute more, later ones less",
     )
-    group.add_argument(
-        "--image-encoder", type=Path, metavar="PATH", help="a separate EVA-CLIP file or its folder"
-    )
+    add_part_options(group)
     parser.add_argument("--json", action="store_true", help="print JSON for scripts")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument(
+        "--quiet", action="store_true", help="no progress bars, no word about what is as usual"
+    )
 
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +98,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         help="draw with a LoRA (a .safetensors file or a PEFT folder); 1 = as trained (default), may be repeated; "
         '"none" = without those of --like',
     )
-    parser.add_argument(
-        "-o", "--out", type=Path, default=Path("."), help="folder, or one .png file (default: here)"
-    )
+    parser.add_argument("-o", "--out", default=".", help="folder, or one .png file (default: here)")
     parser.add_argument("--seed", type=int, help="of the first picture; picture i uses seed + i (default: 0)")
     parser.add_argument("--pixel-seed", type=int, help="seed of the decoder (default: the seed)")
     parser.add_argument("--preset", help="standard, published or fast (default: standard)")
@@ -120,12 +146,93 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="PROMPT", help="another system prompt")
 
 
+def given(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def named(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@contextmanager
+def as_typed(names: Mapping[str, str]) -> Iterator[None]:
+    """Let an error about a setting name the option that the person typed.
+
+    Args:
+        names: setting -> option.
+    """
+    try:
+        yield
+    except SettingError as error:
+        raise BadInputError(f"{names.get(error.setting, error.setting)} {error.fault}") from error
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """(width, height) of "1024x768"; (None, None) = not given."""
+    if text is None:
+        return None, None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise BadInputError(f'"{text}" is no size.\nWrite width x height in pixels, e.g. 1024x768.')
+    return int(parts[0]), int(parts[1])
+
+
+def read_lines(source: str) -> list[str]:
+    """The lines of a text file, or of standard input ("-"), without empty ones and those that begin with #.
+
+    Raises:
+        BadInputError: no such file, nothing in it, or it is no UTF-8 text.
+    """
+    name = "standard input" if source == "-" else f'"{source}"'
+    try:
+        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except OSError as error:
+        raise BadInputError(
+            f"{name} cannot be read ({error.strerror}).\nName a text file with one prompt a line."
+        ) from error
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{name} is no UTF-8 text.\nSave it as UTF-8.") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise BadInputError(f"{name} holds no prompt.\nWrite one a line.")
+    return prompts
+
+
+def open_picture(text: str) -> Image.Image:
+    """The picture of a path as it was typed.
+
+    Raises:
+        BadInputError: no such file, no picture, or the address of one.
+    """
+    from ..blip3o_core.images import load_image
+
+    if "://" in text:
+        raise BadInputError(
+            f'"{text}" is an address, not a file.\nDownload the picture first, then name its file.'
+        )
+    return load_image(Path(text))
+
+
 def built_in_model() -> Path:
     if not (BUILT_IN_MODEL / "config.json").is_file():
         raise MissingFilesError(
             f'The built-in tiny model is missing in "{BUILT_IN_MODEL}".\nInstall the project again, or name a checkpoint with --model.'
         )
     return BUILT_IN_MODEL
+
+
+def open_files(arguments: argparse.Namespace, folder: Path | None) -> CheckpointFiles:
+    """The checkpoint of a command that computes nothing."""
+    from ..blip3o_core.checkpoints.layout import open_checkpoint
+
+    return open_checkpoint(
+        folder or built_in_model(),
+        image_encoder=arguments.image_encoder,
+        decoder=arguments.decoder,
+        strict=arguments.strict,
+    )
 
 
 def open_pipeline(arguments: argparse.Namespace) -> Blip3oPipeline:
@@ -140,54 +247,45 @@ def open_pipeline(arguments: argparse.Namespace) -> Blip3oPipeline:
         stream=arguments.stream,
         compile=arguments.compile,
         image_encoder_path=arguments.image_encoder,
+        decoder_path=arguments.decoder,
+        strict=arguments.strict,
     )
-
-
-def parse_size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise BadInputError(f'"{text}" is no size.\nWrite width x height in pixels, e.g. 1024x768.')
-    return int(parts[0]), int(parts[1])
-
-
-def named(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def given(value: Any, otherwise: Any) -> Any:
-    return otherwise if value is None else value
 
 
 def answer_options(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..blip3o_core.language.answers import AnswerSettings
     from ..blip3o_core.language.prompts import SYSTEM_PROMPT
 
-    return {
-        "settings": AnswerSettings(
+    with as_typed(ANSWER_NAMES):
+        settings = AnswerSettings(
             max_new_tokens=arguments.max_tokens,
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             top_k=arguments.top_k,
             repetition_penalty=arguments.repetition_penalty,
             seed=arguments.seed,
-        ),
+        )
+    return {
+        "settings": settings,
         "system_prompt": given(arguments.system, SYSTEM_PROMPT),
         "min_pixels": arguments.min_pixels,
         "max_pixels": arguments.max_pixels,
     }
 
 
-def picture_paths(given: Sequence[Path]) -> list[Path]:
-    paths: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            paths += sorted(child for child in path.iterdir() if child.suffix.lower() in PICTURE_SUFFIXES)
+def picture_paths(names: Sequence[str]) -> list[str]:
+    """Picture files: those named, and those in the folders named."""
+    paths: list[str] = []
+    for name in names:
+        if "://" not in name and Path(name).is_dir():
+            found = sorted(
+                child for child in Path(name).iterdir() if child.suffix.lower() in PICTURE_SUFFIXES
+            )
+            paths += map(str, found)
         else:
-            paths.append(path)
+            paths.append(name)
     if not paths:
         raise BadInputError(
-            f"There is no picture in {', '.join(map(str, given))}.\nName picture files, or a folder with some."
+            f"There is no picture in {', '.join(names)}.\nName picture files, or a folder with some."
         )
     return paths

@@ -15,7 +15,7 @@ from ..blip3o_core.checkpoints.keys import COMPONENTS
 from ..blip3o_core.checkpoints.layout import CheckpointFiles
 from ..blip3o_core.checkpoints.match import match_network
 from ..blip3o_core.config import EvaClipConfig
-from ..blip3o_core.devices import pick_device
+from ..blip3o_core.devices import free_memory, pick_device
 from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError, TrainingDataError
 from ..blip3o_core.language.prompts import (
     IMAGE_PAD,
@@ -27,7 +27,7 @@ from ..blip3o_core.units import format_bytes
 from .config import LoraConfig
 from .data.crops import open_mask, share_cut_away
 from .data.dataset import LOOK_SIZE, TRIGGER_PLACE, Dataset, Item, Problem, names_trigger, scan_run
-from .plan import PhaseMemory, dit_without_weights, free_memory, learning_parameters, open_base, plan_phases
+from .plan import PhaseMemory, dit_without_weights, learning_parameters, open_base, plan_phases
 
 # Smaller pictures hold nothing to learn from.
 SMALLEST_SIDE = 16

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
@@ -130,14 +129,6 @@ def learning_parameters(config: LoraConfig, dit: NextDiT) -> int:
         if weight.ndim == 2 and any(part in name for part in parts)
     ]
     return adapter.rank * sum(rows + columns for rows, columns in chosen)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free where networks compute."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # Apple's GPU shares the main memory.
-    return psutil.virtual_memory().available if device.type in ("cpu", "mps") else None
 
 
 def parameters_of(files: CheckpointFiles, component: str) -> int:

@@ -29,13 +29,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..blip3o_core.config import PICTURE_SUFFIXES
 from ..blip3o_core.errors import MissingFilesError, TrainingDataError
 from ..blip3o_core.file_span import FileSpan
 from ..blip3o_core.images import fit_size, to_rgb
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTION_SUFFIXES = (".txt", ".caption")
 BUFFER_SIZE = 1000
 ON_BAD = ("stop", "skip")

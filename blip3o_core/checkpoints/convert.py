@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import BadInputError
-from .layout import open_checkpoint
+from .layout import CheckpointFiles
 from .load import load_backbone, load_decoder, load_dit, load_image_encoder
 from .pickles import read_pickle
 from .safetensor_files import write_safetensors
@@ -27,15 +27,14 @@ def convert_pickle(source: Path, target: Path, dtype: torch.dtype | None = None)
     return target
 
 
-def convert_folder(source: Path, target: Path, dtype: torch.dtype, image_encoder: Path | None = None) -> Path:
+def convert_folder(files: CheckpointFiles, target: Path, dtype: torch.dtype) -> Path:
     """Write a checkpoint folder again, in the published layout, with the image encoder inside when there is one.
 
     Raises:
         BadInputError: source and target are the same folder.
     """
-    if source.resolve() == target.resolve():
-        raise BadInputError(f'Source and target are the same folder "{source}".\nName another target folder.')
-    files = open_checkpoint(source, image_encoder=image_encoder)
+    if files.folder.resolve() == target.resolve():
+        raise BadInputError(f'Source and target are the same folder "{target}".\nName another target folder.')
     return save_checkpoint(
         target,
         files.config,
@@ -43,6 +42,6 @@ def convert_folder(source: Path, target: Path, dtype: torch.dtype, image_encoder
         dit=load_dit(files),
         image_encoder=load_image_encoder(files) if files.has_component("image_encoder") else None,
         decoder=load_decoder(files) if files.has_component("decoder") else None,
-        tokenizer_from=source,
+        tokenizer_from=files.folder,
         dtype=dtype,
     )

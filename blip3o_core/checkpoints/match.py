@@ -85,7 +85,7 @@ def tell_left_out(files: CheckpointFiles, component: str, match: Match) -> None:
     new = [group for group in groups if (str(files.folder), group.name) not in _told]
     _told.update((str(files.folder), group.name) for group in new)
     if known := [group for group in new if group.is_known]:
-        logger.warning(
+        logger.info(
             'Checkpoint "%s": left out, as nothing here needs it: %s.', files.name, describe_left_out(known)
         )
     if unknown := [group for group in new if not group.is_known]:

@@ -247,7 +247,9 @@ def _work(
     if "dit" in tensors:
         phases.append(("sampling features", "dit", _dit_bytes(tensors["dit"])))
     if "decoder" in tensors:
-        phases.append(("painting", "decoder", _decoder_bytes(decoder_configs, way)))
+        unet, vae = decoder_configs["unet"], decoder_configs["vae"]
+        side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        phases.append(("painting", "decoder", painting_bytes(unet, vae, (side, side), is_tiled=way.tiled)))
     return phases
 
 
@@ -272,16 +274,29 @@ def _dit_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return 2 * 64 * width * (2 * layers + 20) * HALF + 64 * 2**20
 
 
-def _decoder_bytes(configs: Mapping[str, Mapping[str, Any]], way: Way) -> int:
-    unet, vae = configs["unet"], configs["vae"]
+def painting_bytes(
+    unet: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    size: tuple[int, int],
+    *,
+    is_tiled: bool,
+    number_bytes: int = HALF,
+) -> int:
+    """What the decoder needs beside its weights to paint one picture with guidance.
+
+    Args:
+        unet, vae: configurations of the decoder's networks.
+        size: (height, width) in pixels.
+        number_bytes: of a number in the networks' arithmetic.
+    """
+    height, width = size
     levels = vae["block_out_channels"]
-    latents = unet["sample_size"]
-    side = latents * 2 ** (len(levels) - 1)
-    if way.tiled:
-        side = min(side, TILE_SIDE)
+    scale = 2 ** (len(levels) - 1)
+    tile = TILE_SIDE if is_tiled else max(size)
     # Its last level reads the channels of the one below at full size.
-    painting = VAE_TENSORS * side**2 * levels[min(1, len(levels) - 1)] * HALF
-    return max(painting, 2 * UNET_TENSORS * latents**2 * unet["block_out_channels"][0] * HALF)
+    pixels = VAE_TENSORS * min(height, tile) * min(width, tile) * levels[min(1, len(levels) - 1)]
+    latents = 2 * UNET_TENSORS * (height // scale) * (width // scale) * unet["block_out_channels"][0]
+    return max(pixels, latents) * number_bytes
 
 
 def _count(info: TensorInfo) -> int:

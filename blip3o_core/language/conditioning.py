@@ -13,7 +13,13 @@ from ..errors import BadInputError
 from ..images import preprocess_for_prompt
 from ..models.backbone import Backbone
 from .prefixes import encode_shared
-from .prompts import TRAINED_PROMPT_TOKENS, TextTokenizer, generation_text, image_prompt_text
+from .prompts import (
+    IMAGE_PLACEHOLDER,
+    TRAINED_PROMPT_TOKENS,
+    TextTokenizer,
+    generation_text,
+    image_prompt_text,
+)
 from .rows import EncodedRow, embed_rows, encode_picture, pixel_limits
 
 logger = logging.getLogger(__name__)
@@ -66,7 +72,7 @@ def _prompt_row(
     pictures: Sequence[Image.Image],
     use_template: bool,
 ) -> EncodedRow:
-    if pictures:
+    if pictures or IMAGE_PLACEHOLDER in prompt:
         limits = pixel_limits(tokenizer.folder)
         encoded = [encode_picture(backbone, preprocess_for_prompt(picture), limits) for picture in pictures]
         text = image_prompt_text(prompt, len(pictures))

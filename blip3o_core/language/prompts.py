@@ -31,8 +31,8 @@ class Message:
 
     Attributes:
         role: "user" or "assistant".
-        text: what is said.
-        images: how many images come before the text in this turn.
+        text: what is said; "<image>" in it is the place of an image, see place_images.
+        images: how many images this turn shows.
     """
 
     role: str
@@ -44,8 +44,8 @@ def chat_text(messages: Sequence[Message], system_prompt: str = SYSTEM_PROMPT) -
     """ChatML up to the point where the assistant answers; each image is one `<|image_pad|>`, before its text."""
     parts = [f"<|im_start|>system\n{system_prompt}<|im_end|>\n"]
     for message in messages:
-        images = f"{VISION_START}{IMAGE_PAD}{VISION_END}" * message.images
-        parts.append(f"<|im_start|>{message.role}\n{images}{message.text}<|im_end|>\n")
+        said = place_images(message.text, message.images)
+        parts.append(f"<|im_start|>{message.role}\n{said}<|im_end|>\n")
     return "".join(parts) + "<|im_start|>assistant\n"
 
 
@@ -59,9 +59,44 @@ def image_prompt_text(instruction: str, images: int = 1) -> str:
 
     Source: BLIP3o@4689ec3: each image is the placeholder `<image>` and a newline at the start of the user turn.
     """
-    return chat_text([Message("user", f"{IMAGE_PLACEHOLDER}\n" * images + instruction)]).replace(
-        IMAGE_PLACEHOLDER, f"{VISION_START}{IMAGE_PAD}{VISION_END}"
-    )
+    return chat_text([Message("user", place_images(instruction, images, "\n"))])
+
+
+def place_images(text: str, images: int, separator: str = "") -> str:
+    """Text with one `<|image_pad|>` for each image, between its vision marks.
+
+    Images come first, each followed by the separator, unless the text says with `<image>` where each one belongs.
+    `<image>` at the beginning, with or without a line break (or the two characters of one), is that usual place.
+
+    Raises:
+        BadInputError: the text has another number of `<image>` than there are images.
+    """
+    pad = f"{VISION_START}{IMAGE_PAD}{VISION_END}"
+    if IMAGE_PLACEHOLDER not in text:
+        return (pad + separator) * images + text
+    marks = text.count(IMAGE_PLACEHOLDER)
+    if marks != images:
+        raise BadInputError(
+            f'The text says "{IMAGE_PLACEHOLDER}" {marks} time(s), but {images} picture(s) are given.\n'
+            f"Write it once for each picture, or not at all: then the pictures come first."
+        )
+    text = text.replace(f"{IMAGE_PLACEHOLDER}\\n", f"{IMAGE_PLACEHOLDER}\n")
+    first = 0
+    while text.startswith(IMAGE_PLACEHOLDER):
+        text = text.removeprefix(IMAGE_PLACEHOLDER).removeprefix("\n")
+        first += 1
+    return (pad + separator) * first + text.replace(IMAGE_PLACEHOLDER, pad)
+
+
+def check_text(text: str) -> None:
+    """Raise BadInputError for text that was given in bytes that are no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = text.encode("utf-8", "replace").decode("utf-8")
+        raise BadInputError(
+            f'The text "{shown[:80]}" holds bytes that are no UTF-8 text.\nWrite it again, or save the file as UTF-8.'
+        ) from error
 
 
 class TextTokenizer:
@@ -108,8 +143,9 @@ class TextTokenizer:
         """Token ids of a text whose n-th `<|image_pad|>` stands for image_tokens[n] tokens.
 
         Raises:
-            BadInputError: the text does not hold exactly one image place per image.
+            BadInputError: the text does not hold exactly one image place per image, or is no UTF-8.
         """
+        check_text(text)
         places = text.count(IMAGE_PAD)
         if places != len(image_tokens):
             raise BadInputError(

@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 from PIL import ExifTags, Image, ImageOps
 
+from ...blip3o_core.config import PICTURE_SUFFIXES
 from ...blip3o_core.errors import MissingFilesError, TrainingDataError
 from ...blip3o_core.file_span import FileSpan
 from ...blip3o_core.images import to_rgb
 from ..config import DataConfig, LoraConfig
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 # Pictures to an artist, but Pillow needs a plugin for them, or cannot read them at all.
 FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl", ".psd", ".svg", ".raw", ".cr2", ".nef", ".arw", ".dng", ".exr")
 # The first that is there counts.

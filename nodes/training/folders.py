@@ -12,9 +12,9 @@ from pathlib import Path
 import folder_paths
 
 from ...blip3o_core.checkpoints.safetensor_files import read_header
+from ...blip3o_core.config import PICTURE_SUFFIXES
 from ...blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
 from ...lora_training.config import BUILT_IN, LoraConfig, to_yaml
-from ...lora_training.data.dataset import PICTURE_SUFFIXES
 from ..native import host
 
 EXAMPLE = "built-in: example"

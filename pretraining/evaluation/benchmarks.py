@@ -337,7 +337,7 @@ class _Layout:
         """
         from PIL import Image
 
-        from ...blip3o_core.picture_files import read_description
+        from ...blip3o_core.picture_files import read_note
 
         try:
             with Image.open(path) as picture:
@@ -346,7 +346,7 @@ class _Layout:
             return False
         advice = "Choose a new folder, or the same settings as before."
         try:
-            found = read_description(path)
+            found = read_note(path)
         except BadInputError as error:
             raise BadInputError(f"{str(error).splitlines()[0]}\n{advice}") from error
         expected = {**self.run, "prompt": task.prompt, "seed": self.seed + task.index * self.samples + sample}

@@ -801,7 +801,7 @@ def test_a_decoder_saved_again_in_another_dtype_replaces_the_first(tmp_path: Pat
 
 
 def test_a_converted_folder_holds_the_rounded_tensors(tiny_folder: Path, tmp_path: Path) -> None:
-    written = convert_folder(tiny_folder, tmp_path / "half", torch.bfloat16)
+    written = convert_folder(open_checkpoint(tiny_folder), tmp_path / "half", torch.bfloat16)
     assert (written / "tokenizer.json").is_file()
     files = open_checkpoint(written)
     for name, load in LOADERS.items():
@@ -815,14 +815,16 @@ def test_converting_puts_a_separate_image_encoder_inside(
     folder: Path, tower_pickle: Path, tmp_path: Path
 ) -> None:
     drop_tower(folder)
-    written = convert_folder(folder, tmp_path / "whole", torch.float32, tower_pickle)
+    written = convert_folder(
+        open_checkpoint(folder, image_encoder=tower_pickle), tmp_path / "whole", torch.float32
+    )
     tower_pickle.unlink()
     assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(written)))
 
 
 def test_a_folder_is_not_converted_onto_itself(folder: Path) -> None:
     with pytest.raises(BadInputError, match="same folder"):
-        convert_folder(folder, folder / "." / "", torch.bfloat16)
+        convert_folder(open_checkpoint(folder), folder / "." / "", torch.bfloat16)
 
 
 def test_the_header_tells_shapes_and_bytes(tiny_folder: Path) -> None:

@@ -13,7 +13,7 @@ from comfyui_blip3o import cli
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_dit
 from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings
-from comfyui_blip3o.blip3o_core.picture_files import read_description
+from comfyui_blip3o.blip3o_core.picture_files import read_note
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
 from comfyui_blip3o.cli import main
 from comfyui_blip3o.cli import options as cli_options
@@ -148,7 +148,7 @@ def test_like_draws_every_picture_of_a_batch_again(
         source, again = tmp_path / f"blip3o_0000{number}.png", tmp_path / f"again{number}.png"
         assert main(["generate", "--like", str(source), "-o", str(again), "--quiet", *model]) == 0
         assert np.abs(pixels_of(source) - pixels_of(again)).max() <= 1
-        assert read_description(again) == read_description(source)
+        assert read_note(again) == read_note(source)
 
 
 def test_like_keeps_a_negative_seed_that_python_chose(
@@ -167,7 +167,7 @@ def test_like_keeps_a_negative_seed_that_python_chose(
     save_png(made.pictures[0], source, describe_picture(made, 0, "tiny", ""))
     assert main(["generate", "--like", str(source), "-o", str(again), "--quiet", *model]) == 0
     assert np.abs(pixels_of(source) - pixels_of(again)).max() <= 1
-    assert read_description(again)["pixel_negative_seed"] == 77
+    assert read_note(again)["pixel_negative_seed"] == 77
 
 
 def test_like_can_be_changed(model: list[str], tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_like_can_be_changed(model: list[str], tmp_path: Path) -> None:
     assert main(["generate", "red", "--seed", "3", "-o", str(source), *QUICK, *model]) == 0
     changed = ["two dogs", "--seed", "6", "--cfg", "1"]
     assert main(["generate", *changed, "--like", str(source), "-o", str(other), "--quiet", *model]) == 0
-    described = read_description(other)
+    described = read_note(other)
     assert (described["prompt"], described["seed"], described["pixel_seed"]) == ("two dogs", 6, 6)
     assert (described["features"]["guidance_scale"], described["features"]["steps"]) == (1.0, 2)
 
@@ -404,7 +404,7 @@ def test_every_option_has_a_help_text() -> None:
         (["generate", "red", "--device", "warp"], '"warp" is no device'),
         (["generate", "red", "--dtype", "int4"], '"int4" is no dtype'),
         (["generate", "red", "-o", "picture.jpg"], "only PNG keeps"),
-        (["generate", "red", "-n", "0"], "images_per_prompt is 0"),
+        (["generate", "red", "-n", "0"], "--count is 0"),
         (["generate", "red", "--image", "nowhere.png"], "nowhere.png"),
         (["generate", "--like", "nowhere.png"], "nowhere.png"),
         (["generate", "red", "--image-encoder", "nowhere", "--start-image", "nowhere.png"], "nowhere.png"),
@@ -491,7 +491,7 @@ def test_an_interrupt_ends_with_its_own_code(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Blip3oPipeline, "generate", interrupt)
+    monkeypatch.setattr(Blip3oPipeline, "draw", interrupt)
     assert main(["generate", "red", *model]) == 130
     assert "Stopped" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from comfyui_blip3o.blip3o_core.lora.files import (
     read_lora,
     split_strength,
 )
-from comfyui_blip3o.blip3o_core.picture_files import read_description
+from comfyui_blip3o.blip3o_core.picture_files import read_note
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -375,9 +375,7 @@ def test_the_command_draws_with_loras_and_like_draws_with_them_again(
     assert run(tiny_folder, "generate", "a red circle", "--out", "without.png") == 0
     assert run(tiny_folder, "generate", "--like", "with.png", "--out", "again.png") == 0
     assert run(tiny_folder, "generate", "--like", "with.png", "--out", "none.png", "--lora", "none") == 0
-    described = {
-        name: read_description(f"{name}.png")["loras"] for name in ("with", "without", "again", "none")
-    }
+    described = {name: read_note(f"{name}.png")["loras"] for name in ("with", "without", "again", "none")}
     assert described["with"][0]["file"] == "loras/dog.safetensors"
     assert described["with"][0]["strength"] == 0.75
     assert described["again"] == described["with"]

@@ -17,7 +17,7 @@ from comfyui_blip3o.blip3o_core.picture_files import (
     checkpoint_fingerprint,
     component_fingerprint,
     describe_picture,
-    read_description,
+    read_note,
     save_png,
 )
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
@@ -36,7 +36,7 @@ def test_a_description_survives_the_file(tmp_path: Path) -> None:
     }
     path = tmp_path / "new" / "picture.png"
     save_png(tiny_models.picture(), path, description)
-    assert read_description(path) == description
+    assert read_note(path) == description
     assert Image.open(path).tobytes() == tiny_models.picture().tobytes()
     assert [child.name for child in path.parent.iterdir()] == ["picture.png"]
 
@@ -96,7 +96,7 @@ def test_a_picture_of_another_program_is_refused(tmp_path: Path) -> None:
     for name in ("plain.png", "plain.jpg"):
         tiny_models.picture().save(tmp_path / name)
         with pytest.raises(BadInputError, match=f"(?s){name}.*does not say how it was made"):
-            read_description(tmp_path / name)
+            read_note(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -114,17 +114,17 @@ def test_descriptions_that_cannot_be_understood(tmp_path: Path, text: str, fragm
     info.add_itxt(PNG_KEY, text)
     tiny_models.picture().save(tmp_path / "odd.png", pnginfo=info)
     if fragment is None:
-        assert read_description(tmp_path / "odd.png")["features"]["wonder"]
+        assert read_note(tmp_path / "odd.png")["features"]["wonder"]
         return
     with pytest.raises(BadInputError, match=f"(?s)odd.png.*{fragment}"):
-        read_description(tmp_path / "odd.png")
+        read_note(tmp_path / "odd.png")
 
 
 def test_a_missing_or_damaged_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for name in ("nothing.png", "broken.png"):
         with pytest.raises(BadInputError, match=name):
-            read_description(tmp_path / name)
+            read_note(tmp_path / name)
 
 
 def test_a_failed_save_leaves_the_old_picture_and_no_rest(

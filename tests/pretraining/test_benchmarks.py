@@ -14,7 +14,7 @@ import pytest
 import torch
 from comfyui_blip3o.blip3o_core.drawing.presets import Generation
 from comfyui_blip3o.blip3o_core.errors import BadInputError, MissingFilesError
-from comfyui_blip3o.blip3o_core.picture_files import read_description
+from comfyui_blip3o.blip3o_core.picture_files import read_note
 from comfyui_blip3o.pretraining.evaluation.benchmarks import main, read_tasks, write_benchmark_images
 from PIL import Image
 from tiny_models import write_checkpoint
@@ -113,7 +113,7 @@ def test_geneval_gets_its_layout_file_by_file(pipeline: FakePipeline, geneval: P
         for sample in range(2):
             path = out / f"{n:05d}" / "samples" / f"{sample:05d}.png"
             assert colour_of(Image.open(path)) == expected_colour(row["prompt"], 100 + 2 * n + sample)
-            note = read_description(path)
+            note = read_note(path)
             assert (note["prompt"], note["seed"]) == (row["prompt"], 100 + 2 * n + sample)
 
 

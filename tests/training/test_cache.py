@@ -15,6 +15,7 @@ from comfyui_blip3o.blip3o_core.checkpoints.save import save_checkpoint
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.errors import MissingFilesError, TrainingDataError
 from comfyui_blip3o.blip3o_core.images import load_image
+from comfyui_blip3o.blip3o_core.networks import Networks
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
 from comfyui_blip3o.lora_training.config import LoraConfig
 from comfyui_blip3o.lora_training.data import cache
@@ -133,7 +134,7 @@ def test_held_out_and_regularisation_pictures_are_kept_apart(tmp_path: Path):
 def test_a_second_run_computes_and_loads_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
     config = config_of(folder)
     assert fill(config)[:2] == (Counts(3, 0), Counts(5, 0))
-    monkeypatch.setattr(Blip3oPipeline, "_component", lambda self, name: pytest.fail(f"{name} was loaded"))
+    monkeypatch.setattr(Networks, "get", lambda self, name: pytest.fail(f"{name} was loaded"))
     assert fill(config)[:2] == (Counts(0, 3), Counts(0, 5))
 
 
@@ -391,7 +392,7 @@ def test_a_network_is_too_large_when_its_weights_and_the_framework_exceed_what_i
     backbone = 4 * sum(parameter.numel() for parameter in pipeline.backbone.parameters())
     needed = backbone + cache.OVERHEAD_BYTES
     assert not cache.is_too_large(pipeline, "backbone")
-    pipeline.device = torch.device("cuda")
+    pipeline.networks.device = torch.device("cuda")
     for free, is_too_large in ((needed, False), (needed - 1, True)):
         monkeypatch.setattr(cache, "free_memory", lambda device, free=free: free)
         assert cache.is_too_large(pipeline, "backbone") is is_too_large
