@@ -99,8 +99,9 @@ def test_an_old_and_a_missing_library_are_told_with_the_command_that_mends_them(
     found = diagnose(self_test=False)
     assert not found.is_well
     assert "transformers 4.40.2 is older than supported." in wrong(found)
-    assert '"transformers>=4.57"' in wrong(found)
-    assert "peft is not installed." in wrong(found) and '"peft>=0.15"' in wrong(found)
+    oldest = {name: tested["oldest"] for name, tested in versions.tested_versions().items()}
+    assert f'"transformers>={oldest["transformers"]}"' in wrong(found)
+    assert "peft is not installed." in wrong(found) and f'"peft>={oldest["peft"]}"' in wrong(found)
 
 
 def test_a_newer_library_is_a_note_and_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
