@@ -35,9 +35,19 @@ REPORT_BUG = (
     "Paste the output of blip3o doctor --json into a bug report; it names no folder, user or computer."
 )
 CHECK_FOLDER = "Check the folder, its permissions and its files."
+CHECK_CONFIGURATION = (
+    "Download its config.json and the folder of its decoder again. If that does not help, install libraries of the "
+    f"versions that were tested (above). {REPORT_BUG}"
+)
 SMI_SECONDS = 5
+# A tokenizer is one of these.
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 # Networks that every use but the variation of pictures has in the shards.
 NEEDED = ("backbone", "dit")
+# Every use also reads these: the published settings give the decoder a negative prompt.
+ALWAYS_NEEDED = ("backbone", "tokenizer")
+# What only the variation of pictures needs: a checkpoint downloaded to draw and answer comes without it.
+OPTIONAL = "image_encoder"
 NEW_PYTORCH = "pytorch.org, Get Started, tells the command"
 
 
@@ -53,24 +63,42 @@ class Finding:
         return f"{self.what}\n{self.remedy}"
 
 
+ONLY_BUILT_IN = Finding(
+    False,
+    "No checkpoint but the built-in tiny model was looked at, which draws simple shapes only.",
+    'Download one: blip3o download 8b FOLDER, or the node "Download BLIP3-o". Look at one that lies elsewhere: blip3o '
+    "doctor FOLDER.",
+)
+
+
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU; `is_used` = PyTorch can compute on it."""
+    """A GPU.
+
+    Attributes:
+        free_bytes: of its own memory; None = not known.
+        is_used: PyTorch can compute on it.
+        capability: what it can do: "8.9" of NVIDIA, "gfx1100" of AMD; empty = not known.
+    """
 
     name: str
-    free_bytes: int
-    total_bytes: int
+    free_bytes: int | None
+    total_bytes: int | None
     is_used: bool
+    capability: str = ""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes: cores, memory in bytes (None = not known), GPUs."""
+    """What computes: cores, memory in bytes (None = not known), what PyTorch was built for ("CUDA 13.0", "ROCm 6.4", "MPS", "CPU
+    only"; empty = not known), GPUs.
+    """
 
     system: str
     cpu_cores: int
     free_bytes: int | None
     total_bytes: int | None
+    pytorch_build: str = ""
     gpus: tuple[Gpu, ...] = ()
 
 
@@ -95,7 +123,7 @@ class Diagnosis:
     """All that was found; str() is for people, to_json() for bug reports.
 
     Attributes:
-        folders: where checkpoints lie; never in the JSON.
+        folders: where each of the checkpoints lies; never in the JSON.
         tests: None = the self-test was not asked for or could not run.
     """
 
@@ -121,18 +149,21 @@ class Diagnosis:
             lines.append(
                 f"  {check.name:<{width}}  {check.installed or '-':<14}  {check.verdict} (tested: {tested})"
             )
-        lines += ["", "Device", f"  CPU: {_count(machine.cpu_cores, 'core')}, {_memory(machine)}"]
+        lines += ["", "Device"]
+        if machine.pytorch_build:
+            lines.append(f"  PyTorch for: {machine.pytorch_build}")
+        lines.append(f"  CPU: {_count(machine.cpu_cores, 'core')}, {_memory(machine)}")
         for gpu in machine.gpus:
+            capability = f", compute capability {gpu.capability}" if gpu.capability else ""
             used = "" if gpu.is_used else ", not used"
-            lines.append(
-                f"  GPU: {gpu.name}, {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free{used}"
-            )
+            lines.append(f"  GPU: {gpu.name}{capability}, {_memory(gpu)}{used}")
         if not machine.gpus:
             lines.append("  GPU: none")
         lines += ["", "Checkpoints"]
         width = max((len(each.name) for each in self.checkpoints), default=0)
-        for each in self.checkpoints:
-            lines.append(f"  {each.name:<{width}}  {_abilities(each)}{_disk(each)}")
+        for each, folder in zip(self.checkpoints, self.folders, strict=True):
+            lines.append(f"  {each.name:<{width}}  {_abilities(each)}")
+            lines.append(f"  {'':<{width}}  in {folder}{_disk(each)}")
         if self.tests is not None:
             lines += ["", f"Self-test on the built-in model, {self.test_seconds:.1f} s"]
             width = max(len(test.what) for test in self.tests)
@@ -175,6 +206,8 @@ def diagnose(folders: Iterable[str | Path] | Mapping[str, Path] = (), *, self_te
     ]
     machine = look_at_machine(findings)
     named = dict(folders) if isinstance(folders, Mapping) else find_checkpoints(folders)
+    if not named:
+        findings.append(ONLY_BUILT_IN)
     named = {BUILT_IN_NAME: BUILT_IN_MODEL, **named}
     checkpoints = tuple(look_at_checkpoint(name, folder, findings) for name, folder in named.items())
     tests, seconds = run_tests(findings) if self_test else (None, None)
@@ -203,10 +236,12 @@ def look_at_machine(findings: list[Finding]) -> Machine:
     except ImportError:  # already among the versions
         free = total = None
     system = f"{platform.system()} {platform.machine()}"
-    return Machine(system, os.cpu_count() or 1, free, total, tuple(_gpus(findings)))
+    build, gpus = _pytorch_and_gpus(findings)
+    return Machine(system, os.cpu_count() or 1, free, total, build, tuple(gpus))
 
 
-def _gpus(findings: list[Finding]) -> list[Gpu]:
+def _pytorch_and_gpus(findings: list[Finding]) -> tuple[str, list[Gpu]]:
+    """What PyTorch was built for, and the GPUs, whether it can use them or not."""
     try:
         import torch
     except (ImportError, OSError) as error:  # not there, or a library that it loads is missing or broken
@@ -217,18 +252,46 @@ def _gpus(findings: list[Finding]) -> list[Gpu]:
                 f"Install it again in the build for your device: {NEW_PYTORCH}.",
             )
         )
-        return nvidia_gpus()
+        return "", nvidia_gpus()
+    build = _build(torch)
     if torch.cuda.is_available():
-        return [_cuda_gpu(torch, index) for index in range(torch.cuda.device_count())]
+        return build, [_cuda_gpu(torch, index, findings) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        return build, [Gpu("Apple GPU", None, None, True)]
     gpus = nvidia_gpus()
     if gpus:
         findings.append(_unused_gpu(gpus[0].name, torch))
-    return gpus
+    return build, gpus
 
 
-def _cuda_gpu(torch: Any, index: int) -> Gpu:
-    free, total = torch.cuda.mem_get_info(index)
-    return Gpu(torch.cuda.get_device_name(index), free, total, True)
+def _build(torch: Any) -> str:
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    if torch.version.cuda is not None:
+        return f"CUDA {torch.version.cuda}"
+    return "MPS" if torch.backends.mps.is_built() else "CPU only"
+
+
+def _cuda_gpu(torch: Any, index: int, findings: list[Finding]) -> Gpu:
+    """Also of AMD: PyTorch's ROCm build calls them cuda."""
+    about = torch.cuda.get_device_properties(index)
+    if torch.version.hip is None:
+        capability = f"{about.major}.{about.minor}"
+    else:
+        capability = getattr(about, "gcnArchName", "").split(":")[0]
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:  # of the driver: the GPU is lost, or not even the context fits
+        said = str(error).splitlines()[0]
+        findings.append(
+            Finding(
+                True,
+                f"The GPU {about.name} does not answer: {said}",
+                "End other programs that use it, or start the computer again. If that does not help, update its driver.",
+            )
+        )
+        return Gpu(about.name, None, about.total_memory, False, capability)
+    return Gpu(about.name, free, total, True, capability)
 
 
 def _unused_gpu(name: str, torch: Any) -> Finding:
@@ -275,26 +338,46 @@ def nvidia_gpus() -> list[Gpu]:
 
 
 def find_checkpoints(folders: Iterable[str | Path]) -> dict[str, Path]:
-    """Name -> checkpoint folder, of folders that are one or hold some at most two levels down."""
-    try:
-        from .checkpoints.layout import is_checkpoint_folder
-    except ImportError:  # a library, which looking at any checkpoint will tell
-        return {Path(folder).name: Path(folder) for folder in folders}
+    """Name -> checkpoint folder, of folders that are one or hold some at most two levels down.
+
+    A folder that is not there, that cannot be read or that holds none is named too, for look_at_checkpoint to tell.
+    """
     found: dict[str, Path] = {}
-    for folder in (Path(each).expanduser() for each in folders):
-        inside = [
-            config.parent
-            for pattern in ("*/config.json", "*/*/config.json")
-            for config in sorted(folder.glob(pattern))
-            if is_checkpoint_folder(config.parent)
-        ]
-        if (folder / "config.json").is_file() or not inside:
-            inside = [folder]
-        for each in inside:
+    for given in map(Path, folders):
+        try:
+            folder = given.expanduser()
+        except RuntimeError:  # "~name", and nobody of that name is known
+            folder = given.absolute()
+        for each in _checkpoints_inside(folder) or [folder]:
             name = each.name or str(each)
             number = sum(known.split(" (")[0] == name for known in found)
             found[f"{name} ({number + 1})" if number else name] = each
     return found
+
+
+def _checkpoints_inside(folder: Path) -> list[Path]:
+    """Those in a folder that is none itself; none where it cannot be read, which looking at it will tell."""
+    try:
+        from .checkpoints.layout import is_checkpoint_folder
+
+        if (folder / "config.json").is_file():
+            return []
+        configs = [config for depth in ("*", "*/*") for config in sorted(folder.glob(f"{depth}/config.json"))]
+    except (ImportError, OSError):
+        return []
+    return [config.parent for config in configs if is_checkpoint_folder(config.parent)]
+
+
+def comfyui_models() -> list[Path]:
+    """models/blip3o of the ComfyUI in whose custom_nodes this project lies, or in whose folder the program was started.
+
+    Left out where no checkpoint lies there. Folders of extra_model_paths.yaml are known to ComfyUI alone.
+    """
+    project, here = Path(__file__).absolute().parents[1], Path.cwd()
+    roots = [project.parents[1]] if project.parent.name == "custom_nodes" else []
+    roots += [folder for folder in (here, *here.parents) if (folder / "custom_nodes").is_dir()]
+    folders = dict.fromkeys((root / "models" / "blip3o").resolve() for root in roots)
+    return [folder for folder in folders if _checkpoints_inside(folder)]
 
 
 def look_at_checkpoint(name: str, folder: Path, findings: list[Finding]) -> Checkpoint:
@@ -306,31 +389,40 @@ def look_at_checkpoint(name: str, folder: Path, findings: list[Finding]) -> Chec
         from .checkpoints.memory_plan import USES
 
         components = describe_checkpoint(open_checkpoint(folder))["components"]
+        problems = {part: each["problem"] for part, each in components.items() if each["problem"]}
+        if problem := _tokenizer_problem(folder):
+            problems["tokenizer"] = problem
     except (Blip3oError, OSError) as error:
         finding = _finding(True, error, CHECK_FOLDER)
-    except LIBRARY_ERRORS as error:
-        finding = _stopped(f'Looking at "{name}"', error)
+    except _library_errors() as error:
+        finding = _stopped(f'Looking at "{name}"', error, CHECK_CONFIGURATION)
     else:
-        return _judge(name, components, USES, free, findings)
+        for part, problem in problems.items():
+            _add(findings, _finding(part != OPTIONAL, Blip3oError(problem)))
+        can = {use: problems.keys().isdisjoint((*parts, *ALWAYS_NEEDED)) for use, parts in USES.items()}
+        needed = [problem.splitlines()[0] for part, problem in problems.items() if part != OPTIONAL]
+        return Checkpoint(name, can, needed[0] if needed else "", free)
     _add(findings, finding)
     return Checkpoint(name, {}, finding.what, free)
 
 
-def _judge(
-    name: str,
-    components: Mapping[str, Mapping[str, Any]],
-    uses: Mapping[str, Iterable[str]],
-    free: int | None,
-    findings: list[Finding],
-) -> Checkpoint:
-    problems = {part: each["problem"] for part, each in components.items() if each["problem"]}
-    can = {use: not any(part in problems for part in parts) for use, parts in uses.items()}
-    for part, problem in problems.items():
-        # A checkpoint downloaded to draw and answer comes without EVA-CLIP.
-        finding = _finding(part != "image_encoder", Blip3oError(problem))
-        _add(findings, finding)
-    needed = [problem.splitlines()[0] for part, problem in problems.items() if part != "image_encoder"]
-    return Checkpoint(name, can, needed[0] if needed else "", free)
+def _tokenizer_problem(folder: Path) -> str:
+    from .language.prompts import TextTokenizer
+
+    try:
+        TextTokenizer(folder)
+    except Blip3oError as error:
+        return str(error)
+    return ""
+
+
+def _library_errors() -> tuple[type[Exception], ...]:
+    """LIBRARY_ERRORS, and what configurations of transformers raise for a value of a wrong type."""
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+    except ImportError:  # older ones do not check
+        return LIBRARY_ERRORS
+    return (*LIBRARY_ERRORS, StrictDataclassError)
 
 
 def _finding(is_wrong: bool, error: Exception, remedy: str = REPORT_BUG) -> Finding:
@@ -345,18 +437,19 @@ def _add(findings: list[Finding], finding: Finding) -> None:
         findings.append(finding)
 
 
-def _stopped(work: str, error: Exception) -> Finding:
-    """A library did something else than the one that was tested."""
+def _stopped(
+    work: str,
+    error: Exception,
+    remedy: str = f"Libraries of the versions that were tested (above) mend this mostly. {REPORT_BUG}",
+) -> Finding:
+    """A library did something else than the one that was tested, or was given something else."""
     if isinstance(error, ImportError):
         what = f"A library that is needed cannot be loaded: {error}."
         return Finding(True, what, "Install it again, in a version that was tested (above).")
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}, line {place.lineno}"
-    return Finding(
-        True,
-        f"{work} stopped with {type(error).__name__} in {where}: {error}",
-        f"Libraries of the versions that were tested (above) mend this mostly. {REPORT_BUG}",
-    )
+    said = " ".join(str(error).split())
+    return Finding(True, f"{work} stopped with {type(error).__name__} in {where}: {said}", remedy)
 
 
 def _free_on_disk(folder: Path) -> int | None:
@@ -382,8 +475,18 @@ def run_tests(findings: list[Finding]) -> tuple[tuple[SelfCheck, ...] | None, fl
         _add(findings, _stopped("The self-test", error))
         return None, None
     tests = tuple(checks)
-    if any(test.problem for test in tests):
-        names = ", ".join(test.what for test in tests if test.problem)
+    failed = [test for test in tests if test.problem]
+    names = ", ".join(test.what for test in failed)
+    if failed and all(test.is_on_gpu for test in failed):
+        findings.append(
+            Finding(
+                True,
+                f"The GPU computes something else than the CPU, where all is as recorded: {names}; {failed[0].problem}.",
+                "Update the GPU's driver, or install PyTorch in a build for this GPU and its compute capability (above): "
+                f"{NEW_PYTORCH}. Until then, everything can be run with --device cpu (in ComfyUI: --cpu).",
+            )
+        )
+    elif failed:
         findings.append(
             Finding(
                 True,
@@ -402,15 +505,17 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _memory(machine: Machine) -> str:
-    if machine.free_bytes is None or machine.total_bytes is None:
-        return "memory not known"
-    return f"{format_bytes(machine.free_bytes)} of {format_bytes(machine.total_bytes)} memory free"
+def _memory(holder: Machine | Gpu) -> str:
+    if holder.total_bytes is None:
+        return "memory not known" if isinstance(holder, Machine) else "shares the computer's memory"
+    if holder.free_bytes is None:
+        return f"{format_bytes(holder.total_bytes)} memory"
+    return f"{format_bytes(holder.free_bytes)} of {format_bytes(holder.total_bytes)} memory free"
 
 
 def _disk(checkpoint: Checkpoint) -> str:
     free = checkpoint.disk_free_bytes
-    return "" if free is None else f" ({format_bytes(free)} free on its disk)"
+    return "" if free is None else f", {format_bytes(free)} free on its disk"
 
 
 def _abilities(checkpoint: Checkpoint) -> str:
@@ -482,13 +587,14 @@ def _anonymous(value: Any, places: list[str], names: dict[str, str]) -> Any:
 # --- one line when a program starts ----------------------------------------------------------------------------------
 
 
-def start_up_report(checkpoints: Mapping[str, Path]) -> tuple[str, list[str]]:
+def start_up_report(checkpoints: Mapping[str, Path], device: str = "") -> tuple[str, list[str]]:
     """(a line about everything, what is wrong with its remedy); from headers and JSON alone, in milliseconds.
 
     Whether tensors fit is not looked at, and nothing is computed: that is what `diagnose` is for. PyTorch is imported.
 
     Args:
         checkpoints: name -> folder, the built-in model left out.
+        device: what computes and its memory, in words.
     """
     warnings = [
         f"{check.name} {check.installed or ''} is {check.verdict}. {check.remedy}"
@@ -496,8 +602,9 @@ def start_up_report(checkpoints: Mapping[str, Path]) -> tuple[str, list[str]]:
         if check.is_wrong
     ]
     head = f"BLIP3-o {PROJECT_VERSION}: {'not ready' if warnings else 'ready'}."
+    tail = f" Device: {device}." if device else ""
     if not checkpoints:
-        return f"{head} Checkpoints: the built-in tiny model.", warnings
+        return f"{head} Checkpoints: the built-in tiny model.{tail}", warnings
     states = []
     with _no_collection():
         for name, folder in checkpoints.items():
@@ -505,7 +612,7 @@ def start_up_report(checkpoints: Mapping[str, Path]) -> tuple[str, list[str]]:
             states.append(f"{name} ({state})")
             if finding is not None:
                 warnings.append(str(finding))
-    return f"{head} Checkpoints: {', '.join(states)}.", warnings
+    return f"{head} Checkpoints: {', '.join(states)}.{tail}", warnings
 
 
 @contextmanager
@@ -534,12 +641,17 @@ def _quick_state(folder: Path) -> tuple[str, Finding | None]:
             thorough = open_checkpoint(folder)
             for component in NEEDED:
                 thorough.component_tensors(component)
+        state = "no tokenizer"
+        if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
+            return state, _finding(True, Blip3oError(_tokenizer_problem(folder)))
         state = "no decoder: answers only"
         for network in DECODER_NETWORKS:
             files.decoder_config(network)
-            files.decoder_files(network)
+            files.decoder_tensors(network)
     except (Blip3oError, OSError) as error:
         return state, _finding(True, error, CHECK_FOLDER)
+    except LIBRARY_ERRORS as error:  # a damaged file must not keep the nodes from loading
+        return state, _stopped(f'Looking at "{folder.name}"', error, CHECK_CONFIGURATION)
     return "complete", None
 
 

@@ -17,6 +17,7 @@ from .checkpoints.safetensor_files import read_tensors
 from .drawing.presets import Generation
 from .errors import BadInputError
 from .lora.files import dit_fingerprint
+from .untrusted import parse_object
 
 PNG_KEY = "blip3o"
 FORMAT_VERSION = 1
@@ -122,7 +123,7 @@ def read_note(path: str | Path) -> dict[str, Any]:
             "Only PNG files saved by this program do, as long as no other program has saved them again."
         )
     try:
-        description = dict(json.loads(text))
+        description = parse_object(text)
         is_newer = description.get("version", 0) > FORMAT_VERSION
     except (ValueError, TypeError) as error:
         raise BadInputError(

@@ -49,8 +49,11 @@ class VersionCheck:
                 f"Install PyTorch {self.oldest} or newer in the build for your device: pytorch.org, Get Started, "
                 "tells the command."
             )
+        name, oldest = self.name, self.oldest
+        if name == "tokenizers":  # each transformers needs its own: it brings the one that fits
+            name, oldest = "transformers", tested_versions()["transformers"]["oldest"]
         return (
-            f'With the Python that runs this program: python -m pip install --upgrade "{self.name}>={self.oldest}". '
+            f'With the Python that runs this program: python -m pip install --upgrade "{name}>={oldest}". '
             "In ComfyUI: ComfyUI-Manager, Try fix on this node pack."
         )
 

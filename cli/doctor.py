@@ -25,7 +25,8 @@ def add_doctor(commands: Any) -> None:
         "folder",
         type=Path,
         nargs="*",
-        help="checkpoint folders, or folders that hold some, e.g. ComfyUI/models/blip3o; the built-in model is always looked at",
+        help="checkpoint folders, or folders that hold some (default: models/blip3o of the ComfyUI in whose custom_nodes this project "
+        "lies, or in whose folder you are); the built-in model is always looked at",
     )
     parser.add_argument(
         "--no-self-test", action="store_true", help="do not compute on the built-in model (takes seconds)"
@@ -35,8 +36,8 @@ def add_doctor(commands: Any) -> None:
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Print the diagnosis; returns the exit code."""
-    from ..blip3o_core.doctor import diagnose
+    from ..blip3o_core.doctor import comfyui_models, diagnose
 
-    diagnosis = diagnose(arguments.folder, self_test=not arguments.no_self_test)
+    diagnosis = diagnose(arguments.folder or comfyui_models(), self_test=not arguments.no_self_test)
     print(json.dumps(diagnosis.to_json(), indent=2) if arguments.json else diagnosis)
     return 0 if diagnosis.is_well else EXIT_WRONG

@@ -22,7 +22,7 @@ def own_checkpoints() -> dict[str, Path]:
 
 def say_ready() -> None:
     """One line on ComfyUI's console, and one with a remedy for each thing that is wrong."""
-    line, warnings = start_up_report(own_checkpoints())
+    line, warnings = start_up_report(own_checkpoints(), host.device_words())
     logger.info(line)
     for warning in warnings:
         logger.warning("BLIP3-o: %s", warning)

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config import EvaClipConfig, NextDiTConfig
 from ..errors import WrongCheckpointError
+from ..untrusted import whole_number
 from .safetensor_files import TensorInfo
 
 DEFAULT_POOL = 4
@@ -86,8 +87,10 @@ def infer_eva_clip(tensors: dict[str, TensorInfo], config: dict[str, Any], name:
 
 def _count(tensors: dict[str, TensorInfo], prefix: str) -> int:
     """Blocks of a network; 0 when it has none, so that what is missing is told by name."""
-    numbers = {key[len(prefix) :].split(".", 1)[0] for key in tensors if key.startswith(prefix)}
-    return max((1 + int(number) for number in numbers if number.isdigit()), default=0)
+    words = {key[len(prefix) :].split(".", 1)[0] for key in tensors if key.startswith(prefix)}
+    numbers = {number for word in words if (number := whole_number(word)) is not None}
+    # As many as there are from 0 on without a gap: a single tensor of a high number makes no million layers.
+    return next(count for count in range(len(numbers) + 1) if count not in numbers)
 
 
 class Shapes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..config import PUBLISHED_REPOS
 from ..errors import MissingFilesError, WrongCheckpointError
+from ..untrusted import is_inner_name, parse_json, quote
 from .keys import IMAGE_ENCODER_PREFIX, to_component_key
 from .safetensor_files import TensorInfo, read_header
 
@@ -333,7 +333,7 @@ def unneeded_error(name: str, keys: list[str], tensors: dict[str, TensorInfo]) -
 def is_checkpoint_folder(folder: Path) -> bool:
     """Cheap look: does config.json there describe a BLIP3-o model? Never raises."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = parse_json((folder / "config.json").read_bytes())
         return config.get("model_type") in MODEL_TYPES or any(name in config for name in OWN_FIELDS)
     except (OSError, ValueError, AttributeError, TypeError):
         return False
@@ -352,8 +352,8 @@ def read_json(path: Path) -> dict[str, Any]:
         WrongCheckpointError: it is not valid JSON.
     """
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
         raise WrongCheckpointError(
             f'"{path.name}" in "{path.parent}" is not readable JSON.\nDelete it and download it again. ({error})'
         ) from error
@@ -371,10 +371,10 @@ def read_weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise WrongCheckpointError(f'"{path.name}" in "{path.parent}" lists no weights.\nDownload it again.')
-    for name in weight_map.values():
-        if Path(name).name != name:
+    for name in set(weight_map.values()):
+        if Path(name).name != name or not is_inner_name(name) or not name.endswith(".safetensors"):
             raise WrongCheckpointError(
-                f'"{path.name}" in "{path.parent}" names a file outside its folder: "{name}".\nDownload it again.'
+                f'"{path.name}" in "{path.parent}" names a weight file that cannot be one: {quote(name)}.\nDownload it again.'
             )
     return weight_map
 

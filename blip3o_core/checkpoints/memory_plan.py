@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ HALF = 2  # bytes of bf16 and fp16
 PROMPT_TOKENS, QUESTION_TOKENS = 192, 1792
 # Tensors of its widest level that the VAE holds at the same time, and of its first level the UNet, skips included.
 VAE_TENSORS, UNET_TENSORS = 4, 30
+# A plan that takes more of a card than this leaves a desktop's windows too little.
+ROOMY = 0.9
 SPEED_SAMPLE_BYTES = 128 * 2**20
 
 
@@ -95,6 +97,7 @@ class MemoryPlan:
     Attributes:
         way: the best one that fits, or the smallest one when none does.
         load_seconds: reading the weights once from disk, None when not measured.
+        smaller: options that need clearly less, and how much, where the plan leaves a desktop little room; else None.
     """
 
     use: str
@@ -104,6 +107,7 @@ class MemoryPlan:
     phases: tuple[Phase, ...]
     load_bytes: int
     load_seconds: float | None = None
+    smaller: tuple[str, int] | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -123,6 +127,11 @@ class MemoryPlan:
         for each in self.placements:
             lines.append(
                 f"  {each.component:14} {format_bytes(each.device_bytes):>9}  {each.format:20} {each.place}"
+            )
+        if self.smaller:
+            options, peak = self.smaller
+            lines.append(
+                f"  beside a desktop that takes some of the card: {options}, at most {format_bytes(peak)}"
             )
         lines += [f"  {phase.name:22} at most {format_bytes(phase.peak_bytes)}" for phase in self.phases]
         read = f"  reads {format_bytes(self.load_bytes)} from disk"
@@ -158,7 +167,14 @@ def plan_memory(
     tensors = {name: needed_tensors(files, name) for name in USES[use]}
     configs = {part: files.decoder_config(part) for part in DECODER_NETWORKS} if "decoder" in tensors else {}
     plans = [plan_way(tensors, configs, way, use, budget_bytes, bytes_per_second) for way in WAYS[use]]
-    return next((plan for plan in plans if plan.fits), min(plans, key=lambda plan: plan.peak_bytes))
+    best = next((plan for plan in plans if plan.fits), None)
+    if best is None:
+        return min(plans, key=lambda plan: plan.peak_bytes)
+    if best.peak_bytes > ROOMY * budget_bytes:
+        smaller = [plan for plan in plans if plan.peak_bytes < ROOMY * best.peak_bytes]
+        if smaller:
+            return replace(best, smaller=(smaller[0].way.options, smaller[0].peak_bytes))
+    return best
 
 
 def network_bytes(tensors: Mapping[str, TensorInfo], weight_format: str | None = None) -> int:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import WrongCheckpointError
+from ..untrusted import parse_object
 
 DTYPES = {
     "F64": torch.float64,
@@ -81,12 +82,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raw = file.read(header_bytes)
             if len(raw) < header_bytes:
                 raise _cut_short(path, size, None)
-            header = dict(json.loads(raw))
-            metadata = header.pop("__metadata__", None) or {}
-            entries = {
-                key: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-                for key, entry in header.items()
-            }
+            header = parse_object(raw)
+            metadata = dict(header.pop("__metadata__", None) or {})
+            entries = {key: _entry(**entry) for key, entry in header.items()}
         except (ValueError, TypeError, LookupError) as error:
             raise _unreadable(path) from error
     expected = 8 + header_bytes + max((end for _, _, _, end in entries.values()), default=0)
@@ -109,6 +107,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         for key, (dtype, shape, start_byte, end_byte) in entries.items()
     }
     return tensors, metadata
+
+
+def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[str, tuple[int, ...], int, int]:
+    """What a header says about a tensor, in the types it must have."""
+    start, end = data_offsets
+    sizes = [*shape, start, end]
+    if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise TypeError("a header entry of wrong types")
+    return dtype, tuple(shape), start, end
 
 
 def read_tensors(

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.layout import read_json
-from ..errors import BadInputError
+from ..errors import BadInputError, WrongCheckpointError
 from ..images import MAX_PIXELS, MIN_PIXELS, question_size, to_patches
 from ..models.backbone import Backbone
 from .prompts import TextTokenizer
@@ -83,9 +83,18 @@ def embed_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Embeddings (B, L, C) of rows padded on the left, and the mask (B, L), None when nothing is padded.
 
-    The vision tower runs once for all images of all rows, and sees an image that is in several of them once. `device` is where the backbone computes; its weights may lie
-    elsewhere when a host streams them.
+    The vision tower runs once for all images of all rows, and sees an image that is in several of them once. `device` is
+    where the backbone computes; its weights may lie elsewhere when a host streams them.
+
+    Raises:
+        WrongCheckpointError: a token that the language model does not have.
     """
+    known, largest = backbone.text.config.vocab_size, max(max(row.token_ids) for row in rows)
+    if largest >= known:
+        raise WrongCheckpointError(
+            f'The tokenizer in "{tokenizer.folder}" knows more tokens than the language model ({largest + 1:,} against '
+            f"{known:,}): they belong to different models.\nTake the tokenizer files from the checkpoint that the weights are of."
+        )
     longest = max(len(row.token_ids) for row in rows)
     padded = [[tokenizer.pad] * (longest - len(row.token_ids)) + row.token_ids for row in rows]
     token_ids = torch.tensor(padded, device=device)

@@ -168,6 +168,30 @@ class Change:
         return moved * factor.reshape(-1, *[1] * (weight.dim() - 1)) - base
 
 
+def shape_fault(parts: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the shapes of a change's tensors, in words; None = they fit together, as far as they are there."""
+    for name, tensor in parts.items():
+        if name == "alpha" and (tensor.numel() != 1 or not tensor.isfinite().all()):
+            return "alpha is not one number"
+        least = {"alpha": 0, "diff": 1, "diff_b": 1, "dora_scale": 1, "magnitude": 1}.get(name, 2)
+        is_matrix = name.startswith(("lokr_", "hada_")) and name not in NOT_APPLIED
+        if tensor.ndim < least or (least and not tensor.numel()) or (is_matrix and tensor.ndim != 2):
+            return f"{name} has the shape {tuple(tensor.shape)}"
+    pairs = [("lora_B", "lora_A")]
+    pairs += [(f"{word}_a", f"{word}_b") for word in ("lokr_w1", "lokr_w2", "hada_w1", "hada_w2")]
+    for left, right in pairs:
+        if left in parts and right in parts and parts[left].flatten(1).shape[1] != parts[right].shape[0]:
+            return f"{left} and {right} have the ranks {parts[left].flatten(1).shape[1]} and {parts[right].shape[0]}"
+    if all(f"hada_{word}" in parts for word in ("w1_a", "w1_b", "w2_a", "w2_b")):
+        sizes = [(parts[f"hada_{w}_a"].shape[0], parts[f"hada_{w}_b"].shape[1]) for w in ("w1", "w2")]
+        if sizes[0] != sizes[1]:
+            return f"its two products have the sizes {sizes[0]} and {sizes[1]}"
+    for name in ("dora_scale", "magnitude"):
+        if name in parts and "lora_B" in parts and parts[name].numel() != parts["lora_B"].shape[0]:
+            return f"{name} has {parts[name].numel()} numbers for {parts['lora_B'].shape[0]} rows"
+    return None
+
+
 def in_units_of_base(change: Change, weight: Tensor) -> Change:
     """A DoRA with PEFT's magnitudes as ComfyUI reads it: `dora_scale` is the length in units of the base weight's.
 

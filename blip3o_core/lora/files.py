@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import MissingFilesError, WrongAdapterError
+from ..untrusted import parse_object, quote, whole_number
 from .changes import (
     BACKBONE,
     DIT,
@@ -27,11 +27,13 @@ from .changes import (
     canonical_tensors,
     component_of,
     place,
+    shape_fault,
     split_key,
     weight_key,
 )
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PLAIN_NAME = re.compile(r"[\w.-]+", re.ASCII)
 PEFT_METADATA = "lora_adapter_metadata"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WIDTH_KEY, BASE_KEY = "blip3o.cond_dim", "blip3o.base_dit_hash"
@@ -62,6 +64,12 @@ class LoraFile:
             address = place(module)
             if part and address:
                 found.setdefault(address, {})[part] = tensor
+        for (_, module), parts in found.items():
+            if fault := shape_fault(parts):
+                raise WrongAdapterError(
+                    f'The LoRA "{self.name}" is broken: the weights of "{module}" do not fit together ({fault}).\n'
+                    "Copy or download it again, or ask its maker."
+                )
         config = _peft_metadata(self.metadata)
         return {address: _with_alpha(address[1], parts, config) for address, parts in found.items()}
 
@@ -98,7 +106,7 @@ class LoraFile:
     def conditioning_dim(self) -> int | None:
         """Width of the model it was trained on, where the file tells it."""
         width = self.metadata.get(WIDTH_KEY, "")
-        return int(width) if width.isdigit() else None
+        return whole_number(width)
 
     @property
     def trigger(self) -> str:
@@ -160,7 +168,7 @@ def check_fit(
     homeless = list(file.unknown)
     for (component, module), change in file.changes.items():
         key = weight_key(module, shapes.get(component, {}))
-        if key is None:
+        if key is None or not _has_bias(change, key, shapes[component]):
             homeless.append(file.own_names[component, module])
         else:
             fitting.setdefault(component, {})[key] = change
@@ -172,6 +180,14 @@ def check_fit(
             f"in it (e.g. {example}).\nUse a LoRA trained for BLIP3-o, of the size that is loaded."
         )
     return fitting
+
+
+def _has_bias(change: Change, key: str, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a bias that is changed is there, and as long; True when none is changed."""
+    if "diff_b" not in change.parts:
+        return True
+    found = shapes.get(f"{key.removesuffix('.weight')}.bias")
+    return found is not None and tuple(found) == tuple(change.parts["diff_b"].shape)
 
 
 def check_base(file: LoraFile, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
@@ -283,38 +299,63 @@ def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
 def _with_alpha(module: str, parts: dict[str, Tensor], config: Mapping[str, Any] | None) -> Change:
     """Add the alpha that a file leaves out: PEFT's configuration tells it, else it is the rank."""
     change = Change(parts)
-    if "alpha" in parts or change.kind in ("", "full"):
+    if "alpha" in parts or change.kind in ("", "full") or not change.is_complete:
         return change
     scale = 1.0 if config is None else _peft_scale(module, change, config)
     if (
         change.rank is None
     ):  # loaders read no alpha for a LoKr of two whole matrices: the factor goes into one of them
-        rank = _by_pattern((config or {}).get("rank_pattern"), module, (config or {}).get("r", 1))
+        rank = _by_pattern(config or {}, "rank_pattern", module, (config or {}).get("r", 1))
         return Change({**parts, "lokr_w1": parts["lokr_w1"] * scale, "alpha": torch.tensor(float(rank))})
     return Change({**parts, "alpha": torch.tensor(scale * change.rank)})
 
 
 def _peft_scale(module: str, change: Change, config: Mapping[str, Any]) -> float:
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
-    rank = change.rank or _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    alpha = _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", config.get("alpha")))
+    rank = change.rank or _by_pattern(config, "rank_pattern", module, config.get("r"))
     if alpha is None or rank is None:
         return 1.0
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def _by_pattern(patterns: Mapping[str, float] | None, module: str, otherwise: float | None) -> float | None:
-    """Source: peft get_pattern_key."""
-    return next(
-        (value for name, value in (patterns or {}).items() if re.match(rf"(.*\.)?({name})$", module)),
-        otherwise,
-    )
+def _by_pattern(config: Mapping[str, Any], field: str, module: str, otherwise: Any) -> float | None:
+    """The number that PEFT's configuration names for a layer, else another.
+
+    PEFT takes the names for regular expressions. One from a file is never run: a few bytes can keep it busy for hours.
+
+    Raises:
+        WrongAdapterError: a pattern that is more than a name, or a number that is none.
+    """
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, Mapping):
+        raise WrongAdapterError(
+            f"The PEFT adapter's {field} is no table of names and numbers.\nAsk its maker."
+        )
+    value = otherwise
+    for pattern, number in patterns.items():
+        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not PLAIN_NAME.fullmatch(name):
+            raise WrongAdapterError(
+                f"The PEFT adapter's {field} holds the pattern {quote(pattern)}; only names of layers are read from a file.\n"
+                "Save the adapter with the names written out."
+            )
+        if module == name or module.endswith(f".{name}"):
+            value = number
+            break
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
+        raise WrongAdapterError(
+            f"The PEFT adapter gives {quote(value)} as rank or alpha, which must be a number above 0.\nAsk its maker."
+        )
+    return value
 
 
 def _peft_metadata(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """PEFT's configuration in a file's metadata, as diffusers writes it."""
     try:
-        config = dict(json.loads(metadata.get(PEFT_METADATA, "null") or "null") or {})
-    except (ValueError, TypeError):
+        config = parse_object(metadata.get(PEFT_METADATA) or "{}")
+    except ValueError:
         return None
     return {key.removeprefix("transformer."): value for key, value in config.items()} or None
 
@@ -347,8 +388,8 @@ def _read_peft_folder(folder: Path) -> LoraFile:
                 "Copy both files of the adapter."
             )
         try:
-            config = dict(json.loads(config_path.read_text("utf-8")))
-        except (ValueError, TypeError) as error:
+            config = parse_object(config_path.read_bytes())
+        except (ValueError, OSError) as error:
             raise WrongAdapterError(
                 f'{PEFT_CONFIG} in "{folder.name}" cannot be read ({error}).\nCopy or download it again.'
             ) from error
@@ -369,7 +410,7 @@ def _read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, s
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {key: _readable(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 - not a dict
     except Exception as error:  # the library raises its own class, OSError and others
         raise WrongAdapterError(
             f'The LoRA "{name}" cannot be read; it is cut short or no safetensors file.\n'
@@ -382,6 +423,11 @@ def _read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, s
             f'(e.g. "{broken[0]}"). Its training went wrong.\nUse an earlier file of that training, or train again.'
         )
     return tensors, metadata
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """8-bit floats in bf16, which holds all of their values: nothing can be computed with them."""
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def _refuse_halves(file: LoraFile) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...blip3o_core.checkpoints.layout import DECODER_FOLDER, is_checkpoint_folder
 from ...blip3o_core.config import BUILT_IN_MODEL
 from ...blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
+from ...blip3o_core.units import format_bytes
 
 NEEDED_COMFYUI = "0.33.0"
 MODEL_FOLDER = "blip3o"
@@ -149,6 +150,12 @@ def user_file(annotated_name: str) -> Path:
 
 
 # --- devices and patchers --------------------------------------------------------------------------------------------
+
+
+def device_words() -> str:
+    """What ComfyUI computes on and its whole memory, e.g. "cuda, 23.99 GB"."""
+    device = memory.get_torch_device()
+    return f"{device.type}, {format_bytes(memory.get_total_memory(device))}"
 
 
 def storage_and_compute_dtype(

@@ -568,3 +568,15 @@ def test_an_index_cannot_lead_out_of_its_folder(variant: Variant) -> None:
     variant.promise({"model.norm.weight": "../elsewhere.safetensors"})
     with pytest.raises(WrongCheckpointError, match="outside its folder"):
         open_checkpoint(variant.folder)
+
+
+def test_a_tokenizer_of_a_larger_model_is_told(variant: Variant) -> None:
+    """Its last tokens have no row in the embedding."""
+    tensors = variant.read()
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[key] = tensors[key][:20].clone()
+    variant.write(tensors)
+    pipeline = load_pipeline(variant.folder, dtype="fp32", device="cpu")
+    for use_it in (lambda: pipeline.ask("What is this ?"), lambda: pipeline.encode_prompts("a cat")):
+        with pytest.raises(WrongCheckpointError, match="knows more tokens than the language model"):
+            use_it()

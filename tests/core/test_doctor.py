@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ import pytest
 import torch
 from comfyui_blip3o.blip3o_core import doctor, self_test, versions
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
+from comfyui_blip3o.blip3o_core.devices import pick_device
 from comfyui_blip3o.blip3o_core.doctor import Diagnosis, anonymous, diagnose, start_up_report
 from comfyui_blip3o.blip3o_core.language.cache_check import require_working_cache
 from comfyui_blip3o.blip3o_core.models.backbone import Backbone
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
 from comfyui_blip3o.blip3o_core.versions import check_version, release
 from comfyui_blip3o.cli import main
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +57,8 @@ def test_the_oldest_versions_are_those_of_the_project() -> None:
     asked = [*project["dependencies"], *project["optional-dependencies"]["cli"]]
     oldest = dict(requirement.split(">=") for requirement in asked)
     oldest["python"] = project["requires-python"].removeprefix(">=")
+    # Not asked for by the project, but by each transformers in a range of its own.
+    oldest["tokenizers"] = versions.tested_versions()["tokenizers"]["oldest"]
     assert {name: tested["oldest"] for name, tested in versions.tested_versions().items()} == oldest
     assert project["version"] == versions.PROJECT_VERSION
 
@@ -65,6 +70,29 @@ def test_no_version_is_called_tested_that_the_tests_did_not_meet() -> None:
         pytest.skip("the oldest supported versions are installed")
     for name, version in installed.items():
         assert release(versions.tested_versions()[name]["newest"])[:2] <= release(version)[:2], name
+
+
+def test_the_newest_tested_versions_are_those_that_the_lock_has_for_the_newest_tested_python() -> None:
+    newest = {name: tested["newest"] for name, tested in versions.tested_versions().items()}
+    python = newest.pop("python")
+    place = {"python_version": python, "python_full_version": f"{python}.9"}
+    lines = (ROOT / "locks" / "tested.txt").read_text("utf-8").splitlines()
+    locked = [Requirement(line) for line in lines if not line.startswith("#")]
+    here = {each.name: each for each in locked if each.marker is None or each.marker.evaluate(place)}
+    for name, version in newest.items():
+        (exactly,) = here[name].specifier
+        assert release(exactly.version)[:2] == release(version)[:2], name
+
+
+def test_the_oldest_tokenizers_is_not_newer_than_what_the_installed_transformers_takes() -> None:
+    asked = next(text for text in metadata.requires("transformers") if text.startswith("tokenizers"))
+    floor = re.search(r">=([\d.]+)", asked)[1]
+    assert release(versions.tested_versions()["tokenizers"]["oldest"]) <= release(floor)
+
+
+def test_wrong_tokenizers_are_mended_through_transformers_which_knows_the_one_it_needs() -> None:
+    remedy = check_version("tokenizers", "0.19.1", "0.22", "0.23").remedy
+    assert '"transformers>=' in remedy and "tokenizers" not in remedy
 
 
 @pytest.mark.parametrize(
@@ -133,7 +161,8 @@ def test_a_gpu_without_a_cuda_build_is_wrong(driver: None, monkeypatch: pytest.M
     found = diagnose(self_test=False)
     assert found.machine.gpus == (doctor.Gpu("NVIDIA GeForce RTX 4070", 11000 * 2**20, 12282 * 2**20, False),)
     assert "RTX 4070" in wrong(found) and "CUDA build" in wrong(found)
-    assert "10.74 GB of 11.99 GB free, not used" in str(found)
+    assert "10.74 GB of 11.99 GB memory free, not used" in str(found)
+    assert "PyTorch for: CPU only" in str(found)
 
 
 def test_a_gpu_that_a_cuda_build_cannot_use_needs_its_driver(
@@ -149,6 +178,103 @@ def test_a_hidden_gpu_is_no_fault(driver: None, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = diagnose(self_test=False)
     assert found.is_well and "CUDA_VISIBLE_DEVICES hides it" in str(found)
+
+
+class Properties:
+    """What PyTorch tells about a GPU."""
+
+    name, major, minor, total_memory, gcnArchName = "A GPU", 12, 0, 16 * 2**30, "gfx1100:sramecc-"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU as PyTorch tells of it; what the self-test computes on it, it computes on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (12 * 2**30, 16 * 2**30))
+    load = self_test.load_pipeline
+    monkeypatch.setattr(
+        self_test, "load_pipeline", lambda model, dtype, device: load(model, dtype=dtype, device="cpu")
+    )
+
+
+@pytest.mark.parametrize(
+    ("hip", "build", "capability"), [(None, "CUDA 13.0", "12.0"), ("6.4", "ROCm 6.4", "gfx1100")]
+)
+def test_a_gpu_is_told_with_its_memory_and_what_it_can_do(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, hip: str | None, build: str, capability: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = diagnose(self_test=False)
+    assert found.is_well
+    assert f"PyTorch for: {build}" in str(found)
+    assert f"GPU: A GPU, compute capability {capability}, 12.00 GB of 16.00 GB memory free\n" in str(found)
+
+
+def test_a_gpu_that_does_not_answer_is_wrong(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(index: int) -> None:
+        raise RuntimeError(
+            "CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later"
+        )
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    found = diagnose(self_test=False)
+    assert "A GPU does not answer: CUDA error: unspecified launch failure\n" in wrong(found)
+    assert "GPU: A GPU, compute capability 12.0, 16.00 GB memory, not used" in str(found)
+
+
+def test_the_gpu_is_held_against_the_cpu(gpu: None) -> None:
+    found = diagnose()
+    assert found.is_well, str(found)
+    assert [test.what for test in found.tests if test.is_on_gpu] == [
+        "features of a drawing on the GPU, beside the CPU's"
+    ]
+
+
+def test_a_gpu_that_computes_something_else_is_told_apart_from_a_wrong_computer(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    features = self_test._features
+
+    def wrong_on_gpu(pipeline: Blip3oPipeline) -> torch.Tensor:
+        calls.append(pipeline)
+        return features(pipeline) * (1.1 if len(calls) > 1 else 1)
+
+    monkeypatch.setattr(self_test, "_features", wrong_on_gpu)
+    found = diagnose()
+    assert len(failed(found)) == 1
+    assert "The GPU computes something else than the CPU" in wrong(found) and "--device cpu" in wrong(found)
+
+
+def test_a_gpu_that_has_no_code_leaves_the_other_checks_alone(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = self_test.load_pipeline
+
+    def no_code(model: Path, dtype: str, device: str | torch.device) -> Blip3oPipeline:
+        if torch.device(device).type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+        return load(model, dtype=dtype, device=device)
+
+    monkeypatch.setattr(self_test, "load_pipeline", no_code)
+    found = diagnose()
+    assert len(failed(found)) == 1 and len(found.tests) == len(self_test.WORDS) + 2
+    assert "stopped with: CUDA error: no kernel image is available for execution on the device." in wrong(
+        found
+    )
+    assert "in a build for this GPU" in wrong(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_real_gpu_computes_what_the_cpu_computes() -> None:
+    found = diagnose()
+    assert found.is_well, str(found)
+    assert sum(test.is_on_gpu for test in found.tests) == 1
+    assert all(gpu.is_used and 0 < gpu.free_bytes <= gpu.total_bytes for gpu in found.machine.gpus)
 
 
 def test_memory_and_cores_are_those_of_this_computer() -> None:
@@ -199,6 +325,92 @@ def test_a_folder_that_is_not_there_is_wrong(tmp_path: Path) -> None:
     assert "There is no checkpoint folder" in wrong(found)
 
 
+def test_each_checkpoint_says_where_it_lies(models: Path) -> None:
+    lines = str(diagnose([models], self_test=False)).splitlines()
+    for name in ("whole", "half", "bare"):
+        assert any(f"in {models / name}, " in line and "free on its disk" in line for line in lines), name
+
+
+def test_a_person_without_checkpoints_is_told_where_to_get_one(models: Path) -> None:
+    found = diagnose(self_test=False)
+    assert found.is_well and "blip3o download 8b" in str(found)
+    assert "blip3o download" not in str(diagnose([models / "whole"], self_test=False))
+
+
+def test_the_models_of_the_comfyui_around_are_looked_at(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    comfyui = tmp_path / "ComfyUI"
+    (comfyui / "custom_nodes" / "pack").mkdir(parents=True)
+    monkeypatch.chdir(comfyui / "custom_nodes" / "pack")
+    (comfyui / "models" / "blip3o").mkdir(parents=True)
+    assert comfyui / "models" / "blip3o" not in doctor.comfyui_models()
+    shutil.copytree(models / "half", comfyui / "models" / "blip3o" / "8B")
+    assert comfyui / "models" / "blip3o" in doctor.comfyui_models()
+    assert main(["doctor", "--no-self-test"]) == 1
+    assert '"8B" is not complete' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [["tokenizer.json"], []])
+def test_a_checkpoint_without_a_readable_tokenizer_can_do_nothing(models: Path, names: list[str]) -> None:
+    folder = models / "whole"
+    (folder / "tokenizer.json").unlink()
+    for name in names:
+        (folder / name).write_text("{")
+    found = diagnose([folder], self_test=False)
+    assert found.checkpoints[-1].can == {"draw": False, "answer": False, "vary": False}
+    assert "tokenizer" in wrong(found)
+
+
+def edit_header(weights: Path, field: str, value: object) -> None:
+    """Put a value that makes no sense into the first tensor's entry."""
+    raw = weights.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + size])
+    next(entry for name, entry in header.items() if name != "__metadata__")[field] = value
+    text = json.dumps(header).encode()
+    weights.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+
+
+@pytest.mark.parametrize(("field", "value"), [("data_offsets", "x"), ("dtype", ["BF16"]), ("shape", 5)])
+def test_a_damaged_header_is_a_finding_and_keeps_no_nodes_from_loading(
+    models: Path, field: str, value: object
+) -> None:
+    edit_header(models / "whole" / "model-00001-of-00001.safetensors", field, value)
+    line, warnings = start_up_report({"whole": models / "whole"})
+    assert "whole (not usable)" in line and len(warnings) == 1
+    found = diagnose([models / "whole"], self_test=False)
+    assert not found.is_well and not any(found.checkpoints[-1].can.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", "x"), ("text_config", "x"), ("vision_config", [1])]
+)
+def test_a_configuration_of_wrong_types_is_a_finding(models: Path, field: str, value: object) -> None:
+    path = models / "whole" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), field: value}))
+    found = diagnose([models / "whole"], self_test=False)
+    assert not found.is_well and "Download its config.json" in wrong(found)
+
+
+def test_a_folder_that_may_not_be_read_is_a_finding(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stat", "is_file", "is_dir"):
+        asked = getattr(Path, name)
+
+        def refuse(path: Path, *given: object, asked=asked, **options: object) -> object:
+            if path.is_relative_to(models):
+                raise PermissionError(13, "Permission denied", str(path))
+            return asked(path, *given, **options)
+
+        monkeypatch.setattr(Path, name, refuse)
+    found = diagnose([models], self_test=False)
+    assert "Permission denied" in wrong(found) and "Check the folder, its permissions" in wrong(found)
+
+
+def test_the_home_of_nobody_is_a_folder_that_is_not_there() -> None:
+    assert "There is no checkpoint folder" in wrong(diagnose(["~nobody-is-called-so/x"], self_test=False))
+
+
 def test_two_checkpoints_of_one_name_are_both_told(models: Path, tmp_path: Path) -> None:
     other = shutil.copytree(models / "whole", tmp_path / "elsewhere" / "whole")
     found = diagnose([models / "whole", other], self_test=False)
@@ -212,7 +424,7 @@ def test_the_self_test_passes_within_seconds_and_leaves_the_threads_alone() -> N
     threads = torch.get_num_threads()
     found = diagnose()
     assert found.is_well, str(found)
-    assert len(found.tests) == len(self_test.WORDS) + 1 + torch.cuda.is_available()
+    assert len(found.tests) == len(self_test.WORDS) + 1 + (pick_device("auto").type != "cpu")
     assert found.test_seconds < 10
     assert torch.get_num_threads() == threads
 
@@ -376,7 +588,10 @@ def test_paths_keep_their_last_part_and_nothing_else_changes(text: str, words: s
     assert anonymous({"a": [text]}) == {"a": [words]}
 
 
-def test_the_exit_code_tells_whether_all_is_well(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_tells_whether_all_is_well(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "comfyui_models", list)
     assert main(["doctor", "--no-self-test"]) == 0
     assert capsys.readouterr().out.endswith("All is well.\n")
     assert main(["doctor", str(models / "half"), "--no-self-test"]) == 1
@@ -402,6 +617,17 @@ def test_all_is_well_in_one_line(models: Path) -> None:
         f"BLIP3-o {versions.PROJECT_VERSION}: ready. Checkpoints: the built-in tiny model.",
         [],
     )
+    assert start_up_report({}, "cuda, 24.00 GB")[0].endswith(" Device: cuda, 24.00 GB.")
+
+
+def test_a_missing_tokenizer_and_a_decoder_that_is_cut_short_are_told_at_start_up(models: Path) -> None:
+    decoder = models / "whole" / "diffusion-decoder" / "unet" / "diffusion_pytorch_model.bf16.safetensors"
+    decoder.write_bytes(decoder.read_bytes()[:-100])
+    line, warnings = start_up_report({"whole": models / "whole"})
+    assert "whole (no decoder: answers only)" in line and "cut short" in warnings[0]
+    (models / "whole" / "tokenizer.json").unlink()
+    line, warnings = start_up_report({"whole": models / "whole"})
+    assert "whole (no tokenizer)" in line and "no tokenizer: neither" in warnings[0]
 
 
 def test_a_missing_shard_of_eva_clip_alone_is_not_missed(models: Path) -> None:

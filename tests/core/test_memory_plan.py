@@ -138,3 +138,12 @@ def test_the_command_prints_plans(published: CheckpointFiles, capsys: pytest.Cap
     plans = json.loads(capsys.readouterr().out)["plans"]
     assert plans[0]["options"] == plan_json(plan_memory(published, 8 * GIB))["options"]
     assert main(["info", "--plan", "plenty"]) == 2
+
+
+def test_a_plan_that_leaves_a_desktop_no_room_names_the_next_smaller_way(published: CheckpointFiles) -> None:
+    tight = plan_memory(published, int(1.02 * plan_memory(published, 48 * GIB).peak_bytes))
+    assert tight.smaller is not None
+    options, peak = tight.smaller
+    assert options == "--offload" and peak < 0.9 * tight.peak_bytes
+    assert f"{options}, at most" in str(tight)
+    assert plan_memory(published, 48 * GIB).smaller is None

@@ -32,7 +32,9 @@ class FakePipeline:
 
     @property
     def files(self) -> SimpleNamespace:
-        return SimpleNamespace(name="fake", tensors={}, folder=self.folder)
+        return SimpleNamespace(
+            name="fake", tensors={}, folder=self.folder, decoder_folder=self.folder / "decoder"
+        )
 
     def generate(
         self, prompts: list[str], *, images_per_prompt: int, seed: int, preset: str, batch_size: int
