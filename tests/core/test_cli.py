@@ -412,7 +412,7 @@ def test_every_option_has_a_help_text() -> None:
         (["ask", "red ?", "nowhere.png"], "nowhere.png"),
         (["ask", "red ?", "--choices", "red"], "at least two"),
         (["ask", "red ?", "--temperature", "-1"], "temperature is -1"),
-        (["ask", "red ?", "--max-pixels", "-1"], "max_pixels"),
+        (["ask", "red ?", "--max-pixels", "-1"], "--max-pixels is -1"),
         (["caption", "nowhere.png", "--style", "short"], "nowhere.png"),
     ],
 )
