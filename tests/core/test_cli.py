@@ -21,7 +21,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("generate", "vary", "ask", "caption", "info", "download", "convert", "doctor", "verify-reference")
+COMMANDS = (
+    "generate",
+    "vary",
+    "ask",
+    "caption",
+    "chat",
+    "info",
+    "download",
+    "convert",
+    "doctor",
+    "verify-reference",
+)
 QUICK = ["--steps", "2", "--pixel-steps", "2", "--quiet"]
 
 

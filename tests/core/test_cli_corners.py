@@ -240,6 +240,7 @@ def test_captions_that_are_written_are_shown_although_a_later_picture_is_broken(
 # Output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
 def test_a_name_that_is_no_text_goes_out_as_it_came_in(tiny_folder: Path, tmp_path: Path) -> None:
     target = bytes(tmp_path) + b"/caf\xe9.png"
