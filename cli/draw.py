@@ -6,7 +6,6 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,12 +20,14 @@ from .options import (
     add_drawing_options,
     add_model_options,
     as_typed,
+    check_writable,
     command,
     given,
     named,
     open_picture,
     open_pipeline,
     parse_size,
+    picture_file,
     read_lines,
 )
 
@@ -115,7 +116,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     from ..blip3o_core.drawing.request import DrawRequest
     from ..blip3o_core.picture_files import read_note
 
-    like = read_note(arguments.like) if arguments.like else {}
+    like = read_note(picture_file(arguments.like)) if arguments.like else {}
     if like and not like.get("prompt") and not arguments.prompt:
         raise BadInputError(
             f'"{arguments.like}" was drawn from another picture without a prompt.\n'
@@ -351,7 +352,7 @@ def _draw(arguments: argparse.Namespace, pipeline: Blip3oPipeline, request: Draw
     from ..blip3o_core.picture_files import checkpoint_fingerprint, describe_picture, save_png
 
     fingerprint = checkpoint_fingerprint(pipeline.files)
-    paths = iter(_target_paths(Path(arguments.out), request.total))
+    paths = _target_paths(Path(arguments.out), request.total)
     saved: list[dict[str, Any]] = []
     try:
         with _drawing_bars(arguments) as bars:
@@ -382,37 +383,33 @@ def _check_target(out: str, count: int) -> None:
             f'"{out}" is no PNG file; only PNG keeps prompt and seeds.\nName a .png file or a folder.'
         )
     folder = path.parent if path.suffix.lower() == ".png" else path
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise BadInputError(f'"{out}" cannot be written: "{there}" is a file.\nName another folder.')
-    try:
-        # Asking for permission is answered wrongly on some systems; trying is not.
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise BadInputError(
-            f'Nothing can be written into "{there}" ({error.strerror}).\nName another folder with --out.'
-        ) from error
+    check_writable(folder, "Name another folder with --out.")
 
 
 def _check_room(out: Path, request: DrawRequest, pipeline: Blip3oPipeline) -> None:
     """Raise BadInputError when the disk is too full for the pictures, each counted as if nothing could be compressed."""
     height, width = request.size(pipeline.files.decoder_config("unet"), pipeline.files.decoder_config("vae"))
     there = next(each for each in (out, *out.absolute().parents) if each.exists())
-    needed, free = 3 * height * width * request.total, shutil.disk_usage(there).free
-    if needed > free:
+    needed, disk = 3 * height * width * request.total, shutil.disk_usage(there)
+    # Some network drives tell no size at all.
+    if disk.total and needed > disk.free:
         raise BadInputError(
             f'{request.total} pictures of {width} x {height} pixels may need {format_bytes(needed)}, but "{there}" has '
-            f"{format_bytes(free)} free.\nMake room, name another folder with --out, or draw fewer (--count)."
+            f"{format_bytes(disk.free)} free.\nMake room, name another folder with --out, or draw fewer (--count)."
         )
 
 
-def _target_paths(out: Path, count: int) -> list[Path]:
+def _target_paths(out: Path, count: int) -> Iterator[Path]:
     """Names of new pictures; files that exist are never overwritten, except one named outright."""
     if out.suffix.lower() == ".png":
-        if count == 1:
-            return [out]
-        return [out.with_name(f"{out.stem}_{index:02d}.png") for index in range(count)]
+        several = (out.with_name(f"{out.stem}_{index:02d}.png") for index in range(count))
+        yield from [out] if count == 1 else several
+        return
     taken = [path.stem.removeprefix("blip3o_") for path in out.glob("blip3o_*.png")]
-    first = 1 + max((int(name) for name in taken if name.isdigit()), default=0)
-    return [out / f"blip3o_{first + index:05d}.png" for index in range(count)]
+    number = max((int(name) for name in taken if name.isdigit()), default=0)
+    for _ in range(count):
+        number += 1
+        # Another run may have drawn into the folder since the last picture.
+        while (path := out / f"blip3o_{number:05d}.png").exists():
+            number += 1
+        yield path

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import BadInputError, check_choice, check_range
-from ..language.prompts import check_text
+from ..language.prompts import check_text, place_images
 from ..untrusted import quote
 from .decoding import PixelSettings, picture_size
 from .noise import MAX_SEED, item_seeds
@@ -99,8 +99,13 @@ class DrawRequest:
         is_empty = [
             not prompt.strip() and not pictures for prompt, pictures in zip(self.prompts, shown, strict=True)
         ]
-        for text in (*self.prompts, self.negative_prompt or "", self.pixel_negative or ""):
+        negatives = (self.negative_prompt or "", self.pixel_negative or "")
+        for text, pictures in (
+            *zip(self.prompts, shown, strict=True),
+            *((text, ()) for text in negatives),
+        ):
             check_text(text)
+            place_images(text, len(pictures))
         if not self.prompts or (self.samples and any(is_empty)):
             raise BadInputError("The prompt is empty.\nWrite what the picture should show.")
         for name in ("features", "pixels"):
