@@ -380,7 +380,9 @@ def other_plan(hub, folder, **options):
 def test_a_strangers_repository_never_takes_a_models_place_unasked(hub, folder):
     run_download(plan(hub, folder))
     before = (folder / SHARD_1).read_bytes()
-    with pytest.raises(WrongCheckpointError, match=f'(?s)holds files of "{REPO}", not of "stranger.*--replace'):
+    with pytest.raises(
+        WrongCheckpointError, match=f'(?s)holds files of "{REPO}", not of "stranger.*--replace'
+    ):
         other_plan(hub, folder)
     assert (folder / SHARD_1).read_bytes() == before
     run_download(other_plan(hub, folder, replace=True))
