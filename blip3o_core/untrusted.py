@@ -24,7 +24,10 @@ _short.maxlevel = 2
 
 def quote(value: Any) -> str:
     """A value for a message, shortened whatever it holds."""
-    text = f'"{value}"' if isinstance(value, str) else _short.repr(value)
+    try:
+        text = f'"{value}"' if isinstance(value, str) else _short.repr(value)
+    except ValueError:  # Python prints no number of more than some thousand digits
+        text = "a number of thousands of digits"
     return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 3]}..."
 
 
@@ -113,5 +116,12 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{place}{error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+    except (TypeError, AttributeError, LookupError, OverflowError) as error:
+        # What its own reading of dates, numbers and keys raises on nonsense.
+        raise ValueError(f"it holds a value that cannot be read: {error}") from error

@@ -575,3 +575,66 @@ def test_the_bars_end_at_the_total(hub, folder, capsys):
     with progress_bars() as on_check:
         plan(hub, folder, on_check=on_check)
     assert SHARD_1 in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"entry": {"size": "x"}},
+        {"entry": {"size": 1.5}},
+        {"entry": {"size": -1}},
+        {"entry": {"lfs": 5}},
+        {"entry": {"lfs": {"sha256": 5, "size": "x", "pointerSize": 1}}},
+        {"entry": {"rfilename": 5}},
+        {"entry": {"rfilename": None}},
+        {"sha": 5},
+        {"sha": ["x"]},
+        {"siblings": 5},
+        {"siblings": [5]},
+        {"siblings": {"a": 1}},
+        {"lastModified": "yesterday"},
+        {"createdAt": 5},
+    ],
+    ids=str,
+)
+def test_an_answer_of_the_wrong_kinds_is_no_hubs(hub, folder, info):
+    hub.info = info
+    with pytest.raises(
+        Blip3oError, match="does not answer like a model hub|not a complete BLIP3-o checkpoint"
+    ):
+        plan(hub, folder)
+    assert not files_below(folder)
+
+
+@pytest.mark.parametrize("entry", [{"blobId": 5}, {"blobId": "zz"}])
+def test_a_checksum_of_the_wrong_kind_is_none(hub, folder, entry):
+    hub.info = {"entry": entry}
+    run_download(plan(hub, folder))
+    assert files_below(folder) == FOR_GENERATE
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"[" * 100_000,
+        b"5",
+        b'{"weight_map": 5}',
+        b'{"weight_map": {"a": 5}}',
+        b'{"weight_map": {"a": ["x.safetensors"]}}',
+        b'{"weight_map": {"a": "pytorch_model.bin"}}',
+        b'{"weight_map": {"a": "modeling.py"}}',
+    ],
+    ids=lambda index: index[:40].decode(),
+)
+def test_an_index_that_names_no_weights_is_refused(hub, folder, index):
+    hub.repos[REPO].files["model.safetensors.index.json"] = index
+    with pytest.raises(WrongCheckpointError, match="does not say which weights"):
+        plan(hub, folder)
+    assert not files_below(folder)
+
+
+def test_an_index_too_large_to_be_one_is_not_fetched(hub, folder, monkeypatch):
+    monkeypatch.setattr("comfyui_blip3o.blip3o_core.hub.needed_files.MAX_JSON_BYTES", 100)
+    with pytest.raises(WrongCheckpointError, match="does not say which weights"):
+        plan(hub, folder)
+    assert not hub.sent("model.safetensors.index.json")
