@@ -135,6 +135,25 @@ def read_note(path: str | Path) -> dict[str, Any]:
     return description
 
 
+def loras_of_note(path: str | Path, note: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a picture's note says about the LoRAs it was drawn with: file, hash and strength of each.
+
+    Raises:
+        BadInputError: it says it in another way.
+    """
+    found = note.get("loras", [])
+    if not isinstance(found, list) or not all(
+        isinstance(used, dict)
+        and isinstance(used.get("file"), str)
+        and isinstance(used.get("strength"), (int, float))
+        for used in found
+    ):
+        raise BadInputError(
+            f'The note in "{path}" does not say clearly which LoRAs it was drawn with.\nName them, or leave them out: --lora none'
+        )
+    return [{"hash": None, **used} for used in found]
+
+
 def _hash_ends(digest: Any, path: Path) -> None:
     size = path.stat().st_size
     digest.update(f"{path.name}:{size}:".encode())

@@ -471,13 +471,15 @@ class Blip3oPipeline:
         on_text: TextCallback | None = None,
     ) -> list[str]:
         """The assistant's next answer in each chat; every chat ends with a user's turn."""
-        from .language.answers import encode_chat, write_answers
+        from .language.answers import encode_chat, write_answers, written_chat
         from .language.prefixes import KeptChat
         from .language.rows import pixel_limits
 
         if not chats:
             raise BadInputError("There is no question to answer.\nGive at least one question or picture.")
         limits = pixel_limits(self.files.folder, min_pixels, max_pixels)
+        for turns in chats:
+            written_chat(turns, system_prompt)  # what cannot be asked is told before the backbone is read
         with self.networks.use("backbone") as backbone:
             rows = [encode_chat(backbone, self.tokenizer, turns, limits, system_prompt) for turns in chats]
             self._forget_what_is_old()
@@ -585,11 +587,12 @@ class Blip3oPipeline:
     def _question_row(
         self, question: str, images: Sequence[Image.Image], min_pixels: int | None, max_pixels: int | None
     ) -> EncodedRow:
-        from .language.answers import Turn, encode_chat
+        from .language.answers import Turn, encode_chat, written_chat
         from .language.rows import pixel_limits
 
         limits = pixel_limits(self.files.folder, min_pixels, max_pixels)
         turns = [Turn("user", question, tuple(images))]
+        written_chat(turns)  # as in chat
         return encode_chat(self.backbone, self.tokenizer, turns, limits)
 
 

@@ -8,8 +8,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 MAX_JSON_BYTES = 128 * 2**20
+MAX_YAML_CHARACTERS = 2**20
+MAX_YAML_DEPTH = 32
 # Digits of a number, layers of a network, sides of a picture: whatever a file counts has fewer.
 MAX_DIGITS = 9
+MAX_QUOTED = 120
 # Names that mean a device on Windows, whatever ending they have.
 DEVICES = frozenset(
     {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -21,7 +24,8 @@ _short.maxlevel = 2
 
 def quote(value: Any) -> str:
     """A value for a message, shortened whatever it holds."""
-    return _short.repr(value)
+    text = f'"{value}"' if isinstance(value, str) else _short.repr(value)
+    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 3]}..."
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -78,3 +82,36 @@ def inner_path(folder: Path, name: str) -> Path | None:
         return None
     path = folder / name
     return path if path.resolve().is_relative_to(folder.resolve()) else None
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text of plain values.
+
+    Raises:
+        ValueError: it is no YAML, too long, nested too deep, or refers to itself: a few lines can then stand for gigabytes.
+    """
+    import yaml
+
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ValueError(f"it is longer than {MAX_YAML_CHARACTERS:,} characters")
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it refers to another place in the text (*name), which is not read")
+            self.depth += 1
+            if self.depth > MAX_YAML_DEPTH:
+                raise ValueError("it is nested too deep")
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self.depth -= 1
+
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

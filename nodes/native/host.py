@@ -19,6 +19,7 @@ from ...blip3o_core.checkpoints.layout import DECODER_FOLDER, is_checkpoint_fold
 from ...blip3o_core.config import BUILT_IN_MODEL
 from ...blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
 from ...blip3o_core.units import format_bytes
+from ...blip3o_core.untrusted import is_inner_name
 
 NEEDED_COMFYUI = "0.33.0"
 MODEL_FOLDER = "blip3o"
@@ -92,7 +93,7 @@ def find_checkpoint(name: str) -> Path:
         return BUILT_IN_MODEL
     roots = folder_paths.get_folder_paths(MODEL_FOLDER)
     # Judged by its words, not by where it resolves to: people link big model folders to other disks.
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if not is_inner_name(name):
         raise BadInputError(
             f'The checkpoint "{name}" leads out of ComfyUI\'s model folders.\n'
             f'Put it into "{roots[-1]}" and choose it from the list.'
