@@ -307,13 +307,23 @@ class Blip3oPipeline:
         """
         unet, vae = self.files.decoder_config("unet"), self.files.decoder_config("vae")
         height, width = size = request.size(unet, vae)
-        is_tiled = _given(request.pixels).tiled
-        needed = painting_bytes(unet, vae, size, is_tiled=is_tiled, number_bytes=self.dtype.itemsize)
+        is_tiled, together = _given(request.pixels).tiled, min(request.batch_size, request.total)
+        needed = painting_bytes(
+            *(unet, vae, size), is_tiled=is_tiled, number_bytes=self.dtype.itemsize, pictures=together
+        )
         there = total_memory(self.device)
         if needed > there:
+            what = f"A picture of {width} x {height} pixels needs"
+            if together > 1:
+                what = f"{together} pictures of {width} x {height} pixels at once need"
+            ways = [
+                "smaller",
+                *([] if is_tiled else ["in tiles"]),
+                *(["fewer at once"] if together > 1 else []),
+            ]
             raise BadInputError(
-                f"A picture of {width} x {height} pixels needs about {format_bytes(needed)} to paint, but this device has "
-                f"{format_bytes(there)} in all.\nDraw it smaller{'' if is_tiled else ', or decode it in tiles (tiled)'}."
+                f"{what} about {format_bytes(needed)} to paint, but this device has {format_bytes(there)} in all.\n"
+                f"Draw {', or '.join(ways)}."
             )
 
     def draw(

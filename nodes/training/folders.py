@@ -14,6 +14,7 @@ import folder_paths
 from ...blip3o_core.checkpoints.safetensor_files import read_header
 from ...blip3o_core.config import PICTURE_SUFFIXES
 from ...blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
+from ...blip3o_core.untrusted import is_inner_name
 from ...lora_training.config import BUILT_IN, LoraConfig, to_yaml
 from ..native import host
 
@@ -54,7 +55,7 @@ def find_dataset(name: str) -> Path:
         return EXAMPLE_FOLDER
     words, _, place = name.removesuffix("]").rpartition(" [")
     # Judged by its words, not by where it resolves to: people link big folders to other disks.
-    if not words or Path(words).is_absolute() or ".." in Path(words).parts:
+    if not is_inner_name(words):
         raise BadInputError(
             f'The folder "{name}" leads out of ComfyUI\'s folders.\n'
             "Put your pictures into a folder inside ComfyUI's input folder, press R and choose it from the list."

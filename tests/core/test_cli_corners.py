@@ -154,6 +154,19 @@ def test_an_address_is_told_from_a_file_wherever_a_picture_is_named(
 # What is known beforehand
 
 
+def test_pictures_too_many_at_once_for_the_memory_are_told_with_the_arithmetic(
+    model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of one picture of 64 x 64 pixels the UNet holds 4 MB, of eight 30 MB.
+    monkeypatch.setattr("comfyui_blip3o.blip3o_core.pipeline.total_memory", lambda device: 8 * 2**20)
+    several = ["generate", "red", "-n", "8", "--size", "64x64", "-o", str(tmp_path), *QUICK, *model]
+    assert main(several) == 2
+    message = capsys.readouterr().err
+    assert "8 pictures of 64 x 64 pixels at once need about 30.0 MB" in message and "fewer at once" in message
+    assert not list(tmp_path.iterdir())
+    assert main([*several, "--batch-size", "2"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [

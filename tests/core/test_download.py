@@ -69,7 +69,7 @@ def files_below(folder: Path) -> set[str]:
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != download.LOCK_NAME
+        if path.is_file() and path.name not in (download.LOCK_NAME, download.ORIGIN_NAME)
     }
 
 
@@ -370,6 +370,39 @@ def test_a_finetune_without_a_decoder_is_fetched_with_a_word_about_it(hub, folde
     run_download(planned)
     assert files_below(folder) == {name for name in FOR_GENERATE if not name.startswith("diffusion-decoder/")}
     assert "holds no decoder" in str(planned) and "--decoder FOLDER" in str(planned)
+
+
+def other_plan(hub, folder, **options):
+    hub.repos["stranger/tiny-blip3o"] = published_repo(seed=500)
+    return plan_download("stranger/tiny-blip3o", folder, endpoint=hub.endpoint, **options)
+
+
+def test_a_strangers_repository_never_takes_a_models_place_unasked(hub, folder):
+    run_download(plan(hub, folder))
+    before = (folder / SHARD_1).read_bytes()
+    with pytest.raises(
+        WrongCheckpointError, match=f'(?s)holds files of "{REPO}", not of "stranger.*--replace'
+    ):
+        other_plan(hub, folder)
+    assert (folder / SHARD_1).read_bytes() == before
+    run_download(other_plan(hub, folder, replace=True))
+    assert (folder / SHARD_1).read_bytes() != before
+    with pytest.raises(WrongCheckpointError, match='holds files of "stranger/tiny-blip3o"'):
+        plan(hub, folder)
+
+
+def test_files_of_unknown_origin_are_not_replaced_unasked(hub, folder):
+    run_download(plan(hub, folder))
+    (folder / download.ORIGIN_NAME).unlink()
+    with pytest.raises(WrongCheckpointError, match="holds other weights than"):
+        other_plan(hub, folder)
+    assert not plan(hub, folder).missing_bytes
+
+
+def test_a_folder_remembers_repository_and_commit(hub, folder):
+    run_download(plan(hub, folder))
+    origin = json.loads((folder / download.ORIGIN_NAME).read_text("utf-8"))
+    assert origin["repository"] == REPO and origin["commit"]
 
 
 def test_a_folder_with_other_weights_is_refused(hub, folder):
