@@ -2,8 +2,9 @@
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -137,6 +138,7 @@ def test_other_arguments_go_to_pytest_of_the_chosen_environment(
     dev: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], folder: str, has_ruff: bool
 ) -> None:
     commands, installed = [], []
+    monkeypatch.setattr(dev, "sys", SimpleNamespace(version_info=(3, 11)))
     monkeypatch.setattr(dev, "install", lambda environment, extra: installed.append((environment, extra)))
     monkeypatch.setattr(dev, "run", lambda command: commands.append([str(part) for part in command]) or 0)
     assert dev.main(["test", *arguments]) == 0
@@ -152,3 +154,12 @@ def test_only_one_end_of_the_ranges_is_tried_at_a_time(
     monkeypatch.setattr(dev, "install", lambda environment, extra: pytest.fail("installed"))
     assert dev.main(["test", "--latest", "--oldest"]) == 2
     assert "Choose one" in capsys.readouterr().err
+
+
+def test_the_oldest_versions_are_not_tried_where_they_have_no_builds(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dev, "install", lambda environment, extra: pytest.fail("installed"))
+    monkeypatch.setattr(dev, "sys", SimpleNamespace(version_info=(3, 12, 1), stderr=sys.stderr))
+    assert dev.main(["test", "--oldest"]) == 2
+    assert "use 3.10 or 3.11" in capsys.readouterr().err
