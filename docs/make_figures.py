@@ -6,6 +6,7 @@
 strip   docs/images/strip.png: two prompts, what the built-in model draws of them, and what it answers about its pictures
 figure  docs/images/networks.svg: the four networks and the shapes between them, read from the configurations
 tree    the list of files in docs/architecture.md, from the first line of every module
+nodes   the list of nodes in docs/nodes.md, from the schema that the tests keep
 page    docs/images/comfyui.png: a template opened and run in a real ComfyUI; needs one at COMFYUI_PATH (default
         ~/ComfyUI) and Chromium, see CONTRIBUTING.md
 """
@@ -300,7 +301,7 @@ def paint_figure(published: Sizes, built_in: Sizes) -> str:
 
 
 def make_figure() -> None:
-    FIGURE.write_text(paint_figure(published_sizes(), built_in_sizes()), "utf-8", newline="\n")
+    _write_page(FIGURE, paint_figure(published_sizes(), built_in_sizes()))
 
 
 # --- tree ------------------------------------------------------------------------------------------------------------
@@ -356,15 +357,57 @@ def _place(folder: Path) -> tuple[int, str]:
     return (TREE_FOLDERS.index(folder.parts[0]) if folder.parts else -1, folder.as_posix())
 
 
+def with_block(page: str, start: str, end: str, block: str) -> str:
+    """A page with what lies between two of its lines made again."""
+    before, found, rest = page.partition(start)
+    _, closed, after = rest.partition(end)
+    assert found and closed, f"the page has no {start} ... {end}"
+    return f"{before}{start}\n\n{block}\n\n{end}{after}"
+
+
 def with_tree(page: str) -> str:
     """The architecture page with the tree of today."""
-    before, _, rest = page.partition(TREE_START)
-    _, _, after = rest.partition(TREE_END)
-    return f"{before}{TREE_START}\n\n{file_tree()}\n\n{TREE_END}{after}"
+    return with_block(page, TREE_START, TREE_END, file_tree())
 
 
 def make_tree() -> None:
-    ARCHITECTURE.write_text(with_tree(ARCHITECTURE.read_text("utf-8")), "utf-8", newline="\n")
+    _write_page(ARCHITECTURE, with_tree(ARCHITECTURE.read_text("utf-8")))
+
+
+def _write_page(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8", newline="\n")
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+NODES_PAGE = ROOT / "docs" / "nodes.md"
+SCHEMA = ROOT / "tests" / "data" / "object_info.json"
+NODES_START = "<!-- the nodes: python docs/make_figures.py --only nodes -->"
+NODES_END = "<!-- end of the nodes -->"
+
+
+def node_list() -> str:
+    """Every node of ours with its description and a link to its help page, category by category, as Markdown."""
+    categories: dict[str, list[str]] = {}
+    for name, schema in json.loads(SCHEMA.read_text("utf-8")).items():
+        help_page = ROOT / "web" / "docs" / f"{name}.md"
+        if help_page.is_file():
+            title = schema["display_name"].removesuffix(" (BLIP3-o)")
+            line = f"- [{title}](../web/docs/{name}.md): {schema['description']}"
+            categories.setdefault(schema["category"], []).append(line)
+    parts = [
+        f"## {category}\n\n" + "\n".join(sorted(lines)) for category, lines in sorted(categories.items())
+    ]
+    return "\n\n".join(parts)
+
+
+def with_nodes(page: str) -> str:
+    """The page of nodes with the nodes of today."""
+    return with_block(page, NODES_START, NODES_END, node_list())
+
+
+def make_nodes() -> None:
+    _write_page(NODES_PAGE, with_nodes(NODES_PAGE.read_text("utf-8")))
 
 
 # --- page ------------------------------------------------------------------------------------------------------------
@@ -408,7 +451,13 @@ def make_page() -> None:
             picture.convert("RGB").quantize(PAGE_COLOURS).save(PAGE, optimize=True)
 
 
-MAKERS = {"strip": make_strip, "figure": make_figure, "tree": make_tree, "page": make_page}
+MAKERS = {
+    "strip": make_strip,
+    "figure": make_figure,
+    "tree": make_tree,
+    "nodes": make_nodes,
+    "page": make_page,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -61,6 +61,7 @@ def test_vary_and_blend_walks_from_one_picture_to_the_other(tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 def test_train_lora_writes_a_file_that_changes_what_is_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
