@@ -21,7 +21,7 @@ from .drawing.request import PUBLISHED_NEGATIVE_PROMPT, DrawRequest
 from .drawing.sampling import FeatureSettings, FeatureStart, StepCallback, sample_features
 from .errors import BadInputError, check_range
 from .images import fit_size, from_pil, preprocess_for_image_encoder, to_pixels
-from .language.prompts import SYSTEM_PROMPT, TextTokenizer
+from .language.prompts import CAPTION_STYLES, MATCH_QUESTION, SYSTEM_PROMPT, TextTokenizer
 from .lora.files import LoraFile
 from .networks import LoadedLora, NetworkLender, Networks
 from .performance.quantize import check_format
@@ -449,11 +449,9 @@ class Blip3oPipeline:
         """One caption for each picture.
 
         Args:
-            style: a name in understanding.CAPTION_STYLES.
+            style: a name in prompts.CAPTION_STYLES.
             options: see ask.
         """
-        from .language.answers import CAPTION_STYLES
-
         if style not in CAPTION_STYLES:
             raise BadInputError(
                 f'There is no caption style "{style}"; choose one of {", ".join(CAPTION_STYLES)}.'
@@ -531,8 +529,6 @@ class Blip3oPipeline:
 
     def score(self, pictures: Sequence[Image.Image], statement: str) -> list[float]:
         """For each picture, the probability, 0 to 1, that it shows the statement."""
-        from .language.answers import MATCH_QUESTION
-
         question = MATCH_QUESTION.format(statement=statement.strip().rstrip("."))
         return [self.ask_yes_no(question, [picture]) for picture in pictures]
 

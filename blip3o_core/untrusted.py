@@ -8,6 +8,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 MAX_JSON_BYTES = 128 * 2**20
+# The limit of safetensors itself.
+MAX_HEADER_BYTES = 100 * 2**20
 # Digits of a number, layers of a network, sides of a picture: whatever a file counts has fewer.
 MAX_DIGITS = 9
 # Names that mean a device on Windows, whatever ending they have.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import WrongCheckpointError
 from ..files import replacing
-from ..untrusted import parse_object
+from ..untrusted import MAX_HEADER_BYTES, parse_object
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +37,6 @@ FILE_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE_BYTES = 32 * 2**20
 # A converting read drops its file mapping after so many bytes, so that mapped pages do not add up to a second copy.
 REMAP_BYTES = 128 * 2**20
-MAX_HEADER_BYTES = 100 * 2**20
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BadInputError, check_choice, check_interval, check_range
 from ..models.nextdit import NextDiT
-from .flow import mix, sigma_schedule, whole_timesteps
+from .flow import mix, sigma_schedule, skipped_steps, whole_timesteps
 
 # A DiT made ready for a sampling run: (dit, timesteps of all noise levels (T,), (rows, columns) of the grid) -> PreparedRun.
 PrepareRun = Callable[[NextDiT, Tensor, Sequence[int]], "PreparedRun"]
@@ -125,7 +125,7 @@ def sample_features(
     grid, start_grid, mask = noise, noise, None
     if start is not None:
         start_grid = to_grid(start.features, grid_size).to(noise)
-        sigmas = sigmas[settings.steps - round(settings.steps * start.strength) :]
+        sigmas = sigmas[skipped_steps(settings.steps, start.strength) :]
         if len(sigmas) == 1:
             return to_tokens(start_grid.expand_as(noise))
         grid = mix(start_grid, noise, sigmas[:1])
