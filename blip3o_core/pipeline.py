@@ -18,7 +18,7 @@ from .drawing.decoding import PixelCallback, PixelSettings, PixelStart, decode_f
 from .drawing.noise import MAX_SEED, PublishedNoise, SeededNoise, seeded_noise
 from .drawing.presets import Generation
 from .drawing.request import PUBLISHED_NEGATIVE_PROMPT, DrawRequest
-from .drawing.sampling import FeatureSettings, FeatureStart, StepCallback, sample_features
+from .drawing.sampling import FeatureSettings, FeatureStart, StepCallback, sample_features, to_tokens
 from .errors import BadInputError, check_range
 from .images import fit_size, from_pil, preprocess_for_image_encoder, to_pixels
 from .language.prompts import CAPTION_STYLES, MATCH_QUESTION, SYSTEM_PROMPT, TextTokenizer
@@ -402,7 +402,7 @@ class Blip3oPipeline:
                 few = pictures[first : first + ENCODED_AT_ONCE]
                 pixels = torch.stack([preprocess_for_image_encoder(picture, size) for picture in few])
                 grids.append(encoder(pixels.to(self.device, self.dtype)))
-        return torch.cat(grids).flatten(2).transpose(1, 2).float()
+        return to_tokens(torch.cat(grids)).float()
 
     # Looking
 
