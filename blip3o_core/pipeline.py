@@ -18,10 +18,10 @@ from .drawing.decoding import PixelCallback, PixelSettings, PixelStart, decode_f
 from .drawing.noise import MAX_SEED, PublishedNoise, SeededNoise, seeded_noise
 from .drawing.presets import Generation
 from .drawing.request import PUBLISHED_NEGATIVE_PROMPT, DrawRequest
-from .drawing.sampling import FeatureSettings, FeatureStart, StepCallback, sample_features
+from .drawing.sampling import FeatureSettings, FeatureStart, StepCallback, sample_features, to_tokens
 from .errors import BadInputError, check_range
 from .images import fit_size, from_pil, preprocess_for_image_encoder, to_pixels
-from .language.prompts import SYSTEM_PROMPT, TextTokenizer
+from .language.prompts import CAPTION_STYLES, MATCH_QUESTION, SYSTEM_PROMPT, TextTokenizer
 from .lora.files import LoraFile
 from .networks import LoadedLora, NetworkLender, Networks
 from .performance.quantize import check_format
@@ -412,7 +412,7 @@ class Blip3oPipeline:
                 few = pictures[first : first + ENCODED_AT_ONCE]
                 pixels = torch.stack([preprocess_for_image_encoder(picture, size) for picture in few])
                 grids.append(encoder(pixels.to(self.device, self.dtype)))
-        return torch.cat(grids).flatten(2).transpose(1, 2).float()
+        return to_tokens(torch.cat(grids)).float()
 
     # Looking
 
@@ -459,11 +459,9 @@ class Blip3oPipeline:
         """One caption for each picture.
 
         Args:
-            style: a name in understanding.CAPTION_STYLES.
+            style: a name in prompts.CAPTION_STYLES.
             options: see ask.
         """
-        from .language.answers import CAPTION_STYLES
-
         if style not in CAPTION_STYLES:
             raise BadInputError(
                 f'There is no caption style "{style}"; choose one of {", ".join(CAPTION_STYLES)}.'
@@ -543,8 +541,6 @@ class Blip3oPipeline:
 
     def score(self, pictures: Sequence[Image.Image], statement: str) -> list[float]:
         """For each picture, the probability, 0 to 1, that it shows the statement."""
-        from .language.answers import MATCH_QUESTION
-
         question = MATCH_QUESTION.format(statement=statement.strip().rstrip("."))
         return [self.ask_yes_no(question, [picture]) for picture in pictures]
 
@@ -627,7 +623,7 @@ def load_pipeline(
             the CPU, fp32 for models below 4 GB and bf16 above.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "mps" or a torch device.
         offload: keep networks in host memory; copies visit the device while they work.
-        quantize: "fp8", "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
+        quantize: "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
         stream: backbone and image encoder visit the device layer by layer; exact, and slow for long answers.
         compile: on a CUDA GPU, record the steps of the DiT and, unless the backbone moves, of answers as CUDA graphs; and
             torch.compile them and the UNet where that works. The first picture and the first answer take a minute more.

@@ -10,6 +10,8 @@ from typing import Any
 MAX_JSON_BYTES = 128 * 2**20
 MAX_YAML_CHARACTERS = 2**20
 MAX_YAML_DEPTH = 32
+# The limit of safetensors itself.
+MAX_HEADER_BYTES = 100 * 2**20
 # Digits of a number, layers of a network, sides of a picture: whatever a file counts has fewer.
 MAX_DIGITS = 9
 MAX_QUOTED = 120

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...blip3o_core.checkpoints.layout import DECODER_FOLDER, is_checkpoint_folder
-from ...blip3o_core.config import BUILT_IN_MODEL
+from ...blip3o_core.config import BUILT_IN_MODEL, LARGEST_FLOAT32_BYTES
+from ...blip3o_core.devices import DTYPE_NAMES
 from ...blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
 from ...blip3o_core.units import format_bytes
 from ...blip3o_core.untrusted import is_inner_name
@@ -24,16 +25,8 @@ from ...blip3o_core.untrusted import is_inner_name
 NEEDED_COMFYUI = "0.33.0"
 MODEL_FOLDER = "blip3o"
 BUILT_IN = "built-in: tiny"
-DTYPES = {
-    "auto": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp8": torch.float8_e4m3fn,
-}
+DTYPES = {"auto": None, **DTYPE_NAMES, "fp8": torch.float8_e4m3fn}
 PREVIEW_SIDE = 512
-# Networks up to this size on disk are kept in fp32 where a device computes in fp32 only.
-FLOAT32_BYTES = 4 * 2**30
 
 
 def require_comfyui() -> None:
@@ -175,7 +168,7 @@ def storage_and_compute_dtype(
     storage = DTYPES[choice]
     if storage is None:
         storage = memory.unet_dtype(device, supported_dtypes=list(supported), weight_dtype=torch.bfloat16)
-        if storage == torch.float32 and file_bytes > FLOAT32_BYTES and not memory.args.fp32_unet:
+        if storage == torch.float32 and file_bytes > LARGEST_FLOAT32_BYTES and not memory.args.fp32_unet:
             storage = torch.bfloat16
     return storage, memory.unet_manual_cast(storage, device, list(supported)) or storage
 

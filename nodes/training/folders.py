@@ -14,6 +14,7 @@ import folder_paths
 from ...blip3o_core.checkpoints.safetensor_files import read_header
 from ...blip3o_core.config import PICTURE_SUFFIXES
 from ...blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
+from ...blip3o_core.files import replacing
 from ...blip3o_core.untrusted import is_inner_name
 from ...lora_training.config import BUILT_IN, LoraConfig, to_yaml
 from ..native import host
@@ -168,7 +169,6 @@ def publish_lora(file: Path, name: str, run: str | None = None) -> str:
             and the copy gets a number.
     """
     folder = Path(folder_paths.get_folder_paths("loras")[0])
-    folder.mkdir(parents=True, exist_ok=True)
     content = content_hash_of_bytes(file)
     numbered = (f"{name}_{number:02}.safetensors" for number in itertools.count(2))
     for target in map(folder.joinpath, itertools.chain([f"{name}.safetensors"], numbered)):
@@ -176,12 +176,8 @@ def publish_lora(file: Path, name: str, run: str | None = None) -> str:
             break
         if content_hash_of_bytes(target) == content:
             return target.name
-    temporary = target.with_name(target.name + ".part")
-    try:
+    with replacing(target) as temporary:
         shutil.copyfile(file, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target.name
 
 
