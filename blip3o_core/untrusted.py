@@ -15,6 +15,9 @@ MAX_HEADER_BYTES = 100 * 2**20
 # Digits of a number, layers of a network, sides of a picture: whatever a file counts has fewer.
 MAX_DIGITS = 9
 MAX_QUOTED = 120
+# Systems allow 255 bytes a part; numbers and endings are added.
+MAX_NAME_BYTES = 200
+MAX_NAME_PARTS = 20
 # Names that mean a device on Windows, whatever ending they have.
 DEVICES = frozenset(
     {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -60,11 +63,30 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else None
 
 
-def is_inner_name(name: str) -> bool:
+def is_new_name(name: str) -> bool:
+    """Whether a relative name can be given to a new file on every system, with an ending added to it."""
+    try:
+        parts = [part.encode() for part in name.replace("\\", "/").split("/")]
+    except UnicodeEncodeError:
+        return False
+    return (
+        parts[-1] != b""
+        and not parts[-1].startswith(b".")
+        and is_inner_name(name)
+        and name.isprintable()
+        and not set(name) & set('*?"<>|')
+        and max(map(len, parts)) <= MAX_NAME_BYTES
+        and len(parts) <= MAX_NAME_PARTS
+    )
+
+
+def is_inner_name(name: object) -> bool:
     """Whether a relative name stays in the folder it is looked up in, on every system.
 
-    No drive, root or network share, no "..", no device of Windows, nothing that Windows would read as another name.
+    No text at all is no name either. No drive, root or network share, no "..", no device of Windows, nothing that Windows would read as another name.
     """
+    if not isinstance(name, str):
+        return False
     path = PureWindowsPath(name)  # knows both slashes
     return (
         bool(path.parts)
