@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -108,7 +109,8 @@ def inner_path(folder: Path, name: str) -> Path | None:
     if not is_inner_name(name):
         return None
     path = folder / name
-    return path if path.resolve().is_relative_to(folder.resolve()) else None
+    # Path.resolve raises at links that lead in a circle.
+    return path if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)) else None
 
 
 def parse_yaml(text: str) -> Any:
