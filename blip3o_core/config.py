@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # The small trained checkpoint that ships with the project.
 BUILT_IN_MODEL = Path(__file__).resolve().parent / "assets" / "tiny"
@@ -11,8 +13,14 @@ BUILT_IN_MODEL = Path(__file__).resolve().parent / "assets" / "tiny"
 TILE_SIDE = 512
 # Endings of the picture files that every part of the program reads.
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-# Width of the conditioning -> hub repository of the published checkpoint.
-PUBLISHED_REPOS = {3584: "BLIP3o/BLIP3o-Model-8B", 2048: "BLIP3o/BLIP3o-Model-4B"}
+# Width of the conditioning -> what people call the published model, and its hub repository.
+PUBLISHED_SIZES = {3584: "8B", 2048: "4B"}
+PUBLISHED_REPOS = {width: f"BLIP3o/BLIP3o-Model-{size}" for width, size in PUBLISHED_SIZES.items()}
+# The UNet's size embedding: original size (height, width) and crop (top, left), pixels; the target size follows them.
+PUBLISHED_ORIGINAL_SIZE = (1024, 1024)
+PUBLISHED_CROP = (0, 0)
+# Networks up to this size on disk are kept in float32 where a device computes in nothing smaller.
+LARGEST_FLOAT32_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -93,3 +101,13 @@ class EvaClipConfig:
     def feature_grid(self) -> int:
         """Features along one side of the image, 8 as published."""
         return self.patch_grid // self.pool
+
+
+def pixels_per_latent(vae: Mapping[str, Any]) -> int:
+    """Pixels per latent along one side, of a VAE's configuration: 8 for four levels."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def model_words(width: int, otherwise: str) -> str:
+    """Words for the published model whose conditioning has this width."""
+    return f"the {PUBLISHED_SIZES[width]} model" if width in PUBLISHED_SIZES else otherwise

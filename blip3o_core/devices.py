@@ -5,10 +5,9 @@ from __future__ import annotations
 import psutil
 import torch
 
+from .config import LARGEST_FLOAT32_BYTES
 from .errors import BadInputError
 
-# "auto" on the CPU computes in float32 up to this size on disk, beyond it in the file's bfloat16.
-FLOAT32_ON_CPU_BYTES = 4 * 2**30
 DTYPE_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -41,7 +40,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device, checkpoint_bytes:
         return dtype
     if dtype == "auto":
         if device.type == "cpu":
-            return torch.float32 if checkpoint_bytes <= FLOAT32_ON_CPU_BYTES else torch.bfloat16
+            return torch.float32 if checkpoint_bytes <= LARGEST_FLOAT32_BYTES else torch.bfloat16
         if device.type == "cuda" and not torch.cuda.is_bf16_supported():
             return torch.float16
         return torch.bfloat16

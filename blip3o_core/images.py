@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -83,7 +84,7 @@ def from_pil(pictures: Sequence[Image.Image]) -> Tensor:
 
 def to_pixels(images: Tensor) -> Tensor:
     """(B, H, W, 3) in [0, 1] -> (B, 3, H, W) in [-1, 1], the VAE's range."""
-    return images.permute(0, 3, 1, 2) * 2 - 1
+    return rearrange(images, "b h w c -> b c h w") * 2 - 1
 
 
 def fit_size(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -147,21 +148,16 @@ def to_patches(
 
     Source: Qwen2-VL's image processor; a still picture is repeated over the temporal patch.
     """
-    pixels = _normalise(picture)
-    rows, columns = picture.height // patch_size, picture.width // patch_size
-    pixels = pixels.reshape(
-        3,
-        rows // merge_size,
-        merge_size,
-        patch_size,
-        columns // merge_size,
-        merge_size,
-        patch_size,
+    patches = repeat(
+        _normalise(picture),
+        "channel (row mr p) (column mc q) -> (row column mr mc) (channel t p q)",
+        mr=merge_size,
+        mc=merge_size,
+        p=patch_size,
+        q=patch_size,
+        t=temporal_patch_size,
     )
-    # -> merged row, merged column, row within, column within, channel, patch row, patch column
-    pixels = pixels.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
-    pixels = pixels.expand(-1, -1, -1, -1, -1, temporal_patch_size, -1, -1)
-    return pixels.reshape(rows * columns, -1), (1, rows, columns)
+    return patches, (1, picture.height // patch_size, picture.width // patch_size)
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:
@@ -170,4 +166,4 @@ def _to_tensor(picture: Image.Image) -> Tensor:
 
 def _normalise(picture: Image.Image) -> Tensor:
     mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
-    return ((_to_tensor(picture) - mean) / std).permute(2, 0, 1)
+    return rearrange((_to_tensor(picture) - mean) / std, "h w c -> c h w")

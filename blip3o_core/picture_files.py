@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from .checkpoints.match import needed_tensors
 from .checkpoints.safetensor_files import read_tensors
 from .drawing.presets import Generation
 from .errors import BadInputError
+from .files import replacing
 from .lora.files import dit_fingerprint
 from .untrusted import parse_object
 
@@ -95,13 +95,8 @@ def save_png(picture: Image.Image, path: Path, description: dict[str, Any]) -> N
     """Write a PNG with its description, under a temporary name first."""
     info = PngInfo()
     info.add_itxt(PNG_KEY, json.dumps(description, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_note(path: str | Path) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from .drawing.decoding import PixelCallback, PixelSettings, PixelStart, decode_f
 from .drawing.noise import MAX_SEED, PublishedNoise, SeededNoise, seeded_noise
 from .drawing.presets import Generation
 from .drawing.request import PUBLISHED_NEGATIVE_PROMPT, DrawRequest
-from .drawing.sampling import FeatureSettings, FeatureStart, StepCallback, sample_features
+from .drawing.sampling import FeatureSettings, FeatureStart, StepCallback, sample_features, to_tokens
 from .errors import BadInputError, check_range
 from .images import fit_size, from_pil, preprocess_for_image_encoder, to_pixels
-from .language.prompts import SYSTEM_PROMPT, TextTokenizer
+from .language.prompts import CAPTION_STYLES, MATCH_QUESTION, SYSTEM_PROMPT, TextTokenizer
 from .lora.files import LoraFile
 from .networks import LoadedLora, NetworkLender, Networks
 from .performance.quantize import check_format
@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # transformers and diffusers are imported only when their com
     from .models.nextdit import NextDiT
 
 CACHED_NEGATIVES = 8
+# With offload: batches of pictures whose prompts are encoded in one visit of the backbone.
+BATCHES_ENCODED_AHEAD = 8
 # Pictures in one call of the image encoder: its activations grow with every one.
 ENCODED_AT_ONCE = 8
 
@@ -335,22 +337,28 @@ class Blip3oPipeline:
     ) -> Iterator[Generation]:
         """The pictures of a request, batch by batch, each batch as soon as it is drawn.
 
-        With offload, DiT and decoder take turns on the device: a batch takes many times as long as bringing them there.
+        Prompts and pictures to start from are encoded when their batch comes, so that the first pictures of a long list
+        do not wait for the last prompt. With offload, all networks take turns on the device: painting a batch takes many
+        times as long as bringing DiT and decoder there; the backbone works for a moment only and thus encodes several
+        batches in one visit.
 
         Args:
             on_feature_step, on_pixel_step: see sample_features and decode; called for each batch.
         """
         self.check(request)
         features, pixels = _given(request.features), _given(request.pixels)
-        start_features = request.start_features
-        if request.start_pictures:
-            start_features = self.encode_images(request.start_pictures)
-            start_features = start_features.repeat_interleave(request.images_per_prompt, dim=0)
-        conditioning = negative = None
-        if request.samples:
-            conditioning = self._encode_in_batches(request)
-            if request.negative_prompt is not None:
-                negative = self.encode_prompts(request.negative_prompt)
+        ahead = request.batch_size * (BATCHES_ENCODED_AHEAD if self.networks.leave_device else 1)
+        conditioning = _InTime(
+            len(request.prompts),
+            ahead,
+            lambda few: self.encode_prompts(request.prompts[few], request.images[few] or None),
+        )
+        encoded = _InTime(
+            len(request.start_pictures), ahead, lambda few: self.encode_images(request.start_pictures[few])
+        )
+        negative = None
+        if request.samples and request.negative_prompt is not None:
+            negative = self.encode_prompts(request.negative_prompt)
         start_images = None
         if request.start_images:
             height, width = self.picture_size(pixels)
@@ -364,13 +372,13 @@ class Blip3oPipeline:
             for each in self.loras
         ]
         for rows in request.batches:
-            begun = _rows(start_features, rows)
-            if conditioning is None:
+            places = [place // request.images_per_prompt for place in range(rows.start, rows.stop)]
+            begun = encoded.rows(places) if request.start_pictures else _rows(request.start_features, rows)
+            if not request.samples:
                 sampled = _given(begun)
             else:
-                places = [place // request.images_per_prompt for place in range(rows.start, rows.stop)]
                 sampled = self.sample_features(
-                    conditioning[places],
+                    conditioning.rows(places),
                     settings=features,
                     noise=noise.features(rows, self.noise_shape),
                     negative_conditioning=negative,
@@ -412,7 +420,7 @@ class Blip3oPipeline:
                 few = pictures[first : first + ENCODED_AT_ONCE]
                 pixels = torch.stack([preprocess_for_image_encoder(picture, size) for picture in few])
                 grids.append(encoder(pixels.to(self.device, self.dtype)))
-        return torch.cat(grids).flatten(2).transpose(1, 2).float()
+        return to_tokens(torch.cat(grids)).float()
 
     # Looking
 
@@ -459,11 +467,9 @@ class Blip3oPipeline:
         """One caption for each picture.
 
         Args:
-            style: a name in understanding.CAPTION_STYLES.
+            style: a name in prompts.CAPTION_STYLES.
             options: see ask.
         """
-        from .language.answers import CAPTION_STYLES
-
         if style not in CAPTION_STYLES:
             raise BadInputError(
                 f'There is no caption style "{style}"; choose one of {", ".join(CAPTION_STYLES)}.'
@@ -543,8 +549,6 @@ class Blip3oPipeline:
 
     def score(self, pictures: Sequence[Image.Image], statement: str) -> list[float]:
         """For each picture, the probability, 0 to 1, that it shows the statement."""
-        from .language.answers import MATCH_QUESTION
-
         question = MATCH_QUESTION.format(statement=statement.strip().rstrip("."))
         return [self.ask_yes_no(question, [picture]) for picture in pictures]
 
@@ -561,14 +565,6 @@ class Blip3oPipeline:
             self._negatives.clear()
             self._kept_chat = None
             self._known_changes = self.networks.changes
-
-    def _encode_in_batches(self, request: DrawRequest) -> Tensor:
-        """Conditioning (prompts, Q, C) of a request's prompts."""
-        parts = []
-        for first in range(0, len(request.prompts), request.batch_size):
-            few = slice(first, first + request.batch_size)
-            parts.append(self.encode_prompts(request.prompts[few], request.images[few] or None))
-        return torch.cat(parts)
 
     def _decoder_negative(self, request: DrawRequest, noise: PublishedNoise | SeededNoise) -> Tensor | None:
         if request.pixel_negative is None or _given(request.pixels).guidance_scale == 1:
@@ -627,7 +623,7 @@ def load_pipeline(
             the CPU, fp32 for models below 4 GB and bf16 above.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "mps" or a torch device.
         offload: keep networks in host memory; copies visit the device while they work.
-        quantize: "fp8", "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
+        quantize: "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
         stream: backbone and image encoder visit the device layer by layer; exact, and slow for long answers.
         compile: on a CUDA GPU, record the steps of the DiT and, unless the backbone moves, of answers as CUDA graphs; and
             torch.compile them and the UNet where that works. The first picture and the first answer take a minute more.
@@ -677,3 +673,26 @@ def _tuples(options: dict[str, Any]) -> dict[str, Any]:
 def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
     """Rows of a batch; one row stands for all."""
     return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]
+
+
+class _InTime:
+    """Rows that are computed in order, some ahead of time, and forgotten when they have been passed.
+
+    Args:
+        count: rows in all.
+        ahead: rows computed in one call.
+        compute: rows of a slice.
+    """
+
+    def __init__(self, count: int, ahead: int, compute: Callable[[slice], Tensor]) -> None:
+        self._count, self._ahead, self._compute = count, ahead, compute
+        self._kept: dict[int, Tensor] = {}
+
+    def rows(self, places: Sequence[int]) -> Tensor:
+        """Rows of places that never go back."""
+        self._kept = {place: row for place, row in self._kept.items() if place >= places[0]}
+        while places[-1] not in self._kept:
+            first = max(self._kept, default=places[0] - 1) + 1
+            few = slice(first, min(first + self._ahead, self._count))
+            self._kept.update(zip(range(few.start, few.stop), self._compute(few), strict=True))
+        return torch.stack([self._kept[place] for place in places])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from .config import BUILT_IN_MODEL
 from .devices import pick_device
 from .drawing.decoding import PixelSettings
 from .drawing.sampling import FeatureSettings
+from .files import replacing
 from .language.answers import AnswerSettings, Turn, continue_rows, encode_chat
 from .language.prefixes import KeptChat
 from .language.rows import embed_rows, padded_positions, pixel_limits
@@ -128,9 +128,8 @@ def record(path: Path = RECORDED) -> None:
     """Write what this computer computes as the numbers that others are held against."""
     found = compute(load_pipeline(BUILT_IN_MODEL, dtype="fp32", device="cpu"))
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in found.items())
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(f"{{\n{lines}\n}}\n", "utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(f"{{\n{lines}\n}}\n", "utf-8")
 
 
 @contextmanager

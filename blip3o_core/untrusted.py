@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -10,9 +11,14 @@ from typing import Any
 MAX_JSON_BYTES = 128 * 2**20
 MAX_YAML_CHARACTERS = 2**20
 MAX_YAML_DEPTH = 32
+# The limit of safetensors itself.
+MAX_HEADER_BYTES = 100 * 2**20
 # Digits of a number, layers of a network, sides of a picture: whatever a file counts has fewer.
 MAX_DIGITS = 9
 MAX_QUOTED = 120
+# Systems allow 255 bytes a part; numbers and endings are added.
+MAX_NAME_BYTES = 200
+MAX_NAME_PARTS = 20
 # Names that mean a device on Windows, whatever ending they have.
 DEVICES = frozenset(
     {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -58,11 +64,30 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else None
 
 
-def is_inner_name(name: str) -> bool:
+def is_new_name(name: str) -> bool:
+    """Whether a relative name can be given to a new file on every system, with an ending added to it."""
+    try:
+        parts = [part.encode() for part in name.replace("\\", "/").split("/")]
+    except UnicodeEncodeError:
+        return False
+    return (
+        parts[-1] != b""
+        and not parts[-1].startswith(b".")
+        and is_inner_name(name)
+        and name.isprintable()
+        and not set(name) & set('*?"<>|')
+        and max(map(len, parts)) <= MAX_NAME_BYTES
+        and len(parts) <= MAX_NAME_PARTS
+    )
+
+
+def is_inner_name(name: object) -> bool:
     """Whether a relative name stays in the folder it is looked up in, on every system.
 
-    No drive, root or network share, no "..", no device of Windows, nothing that Windows would read as another name.
+    No text at all is no name either. No drive, root or network share, no "..", no device of Windows, nothing that Windows would read as another name.
     """
+    if not isinstance(name, str):
+        return False
     path = PureWindowsPath(name)  # knows both slashes
     return (
         bool(path.parts)
@@ -84,7 +109,8 @@ def inner_path(folder: Path, name: str) -> Path | None:
     if not is_inner_name(name):
         return None
     path = folder / name
-    return path if path.resolve().is_relative_to(folder.resolve()) else None
+    # Path.resolve raises at links that lead in a circle.
+    return path if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)) else None
 
 
 def parse_yaml(text: str) -> Any:

@@ -382,7 +382,10 @@ def _check_target(out: str, count: int) -> None:
         raise BadInputError(
             f'"{out}" is no PNG file; only PNG keeps prompt and seeds.\nName a .png file or a folder.'
         )
-    folder = path.parent if path.suffix.lower() == ".png" else path
+    is_picture = path.suffix.lower() == ".png"
+    if is_picture and count == 1 and path.is_dir():
+        raise BadInputError(f'"{out}" is a folder, but named like a picture.\nName another file with --out.')
+    folder = path.parent if is_picture else path
     check_writable(folder, "Name another folder with --out.")
 
 

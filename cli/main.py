@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     try:
         code = arguments.run_command(arguments) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started the program: there is nobody to write to
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         # Whoever read the output (`| head -1`) has enough. What is left in the buffer has nowhere to go.

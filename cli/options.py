@@ -80,7 +80,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize",
         metavar="FORMAT",
-        help="int8, nf4 or fp8: keep the weights of backbone and EVA-CLIP in fewer bits; fp8 is as large as int8 and less exact",
+        help="int8 or nf4: keep the weights of backbone and EVA-CLIP in fewer bits; nf4 is half as large and less exact",
     )
     group.add_argument(
         "--compile",
@@ -306,7 +306,11 @@ def answer_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def picture_paths(names: Sequence[str]) -> list[str]:
-    """Picture files: those named, and those in the folders named."""
+    """Picture files: those named, and those in the folders named.
+
+    Raises:
+        BadInputError: there is none, one that is named is not there, or it is the address of one.
+    """
     paths: list[str] = []
     for name in names:
         if "://" not in name and Path(name).is_dir():
@@ -314,8 +318,10 @@ def picture_paths(names: Sequence[str]) -> list[str]:
                 child for child in Path(name).iterdir() if child.suffix.lower() in PICTURE_SUFFIXES
             )
             paths += map(str, found)
-        else:
-            paths.append(name)
+            continue
+        if not picture_file(name).exists():
+            raise BadInputError(f'There is no picture "{name}".\nCheck the path.')
+        paths.append(name)
     if not paths:
         raise BadInputError(
             f"There is no picture in {', '.join(names)}.\nName picture files, or a folder with some."

@@ -13,7 +13,7 @@ import yaml
 
 from ..blip3o_core.config import BUILT_IN_MODEL
 from ..blip3o_core.errors import BadInputError, MissingFilesError
-from ..blip3o_core.untrusted import parse_yaml, quote
+from ..blip3o_core.untrusted import is_new_name, parse_yaml, quote
 
 SCHEMA = 1
 PRESET_FOLDER = Path(__file__).parent / "configs"
@@ -579,13 +579,9 @@ def _check_ranges(config: LoraConfig) -> None:
             raise BadInputError(
                 f"The setting {name} is {quote(value)}; it must lie between {low} and {high}."
             )
-    if (
-        not config.run.name
-        or any(sign in config.run.name for sign in '/\\:*?"<>|')
-        or config.run.name[0] == "."
-    ):
+    if set(config.run.name) & set("/\\") or not is_new_name(config.run.name):
         raise BadInputError(
-            f'"{config.run.name}" cannot be the name of a run: it names a folder and a file.\nUse letters, digits, "-" and "_".'
+            f'{quote(config.run.name)} cannot be the name of a run: it names a folder and a file.\nUse letters, digits, "-" and "_".'
         )
     if train.prior.dop is True and not (data.trigger and data.class_word):
         raise BadInputError(

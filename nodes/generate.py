@@ -10,8 +10,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..blip3o_core.drawing.noise import MAX_SEED
 from .native.drawing import (
-    MAX_SEED,
     PUBLISHED,
     Conditioning,
     Patcher,

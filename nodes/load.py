@@ -24,6 +24,7 @@ from .native.sockets import BackboneHandle, BackboneType, ImageEncoderHandle, Im
 CATEGORY = "BLIP3-o/load"
 OWN_DECODER = "of the checkpoint"
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
+LOADERS = {"backbone": load_backbone, "image_encoder": load_image_encoder}
 # What a network needs on the device beside its weights, the driver's share included.
 WORKING_BYTES = 2560 * 2**20
 
@@ -34,50 +35,39 @@ def network_dtypes(files: CheckpointFiles, component: str, choice: str) -> tuple
     return host.storage_and_compute_dtype(choice, SUPPORTED_DTYPES, size)
 
 
-def load_backbone_patcher(
-    folder: str, dtype: str, disable_dynamic: bool = False
+def load_patcher(
+    component: str, folder: str, dtype: str, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    """The backbone of a checkpoint folder in a patcher. Arguments as load_dit_patcher."""
-    files = open_checkpoint(Path(folder))
-    storage, compute = network_dtypes(files, "backbone", dtype)
-    backbone = load_backbone(files, dtype=layers.file_dtype(storage))
-    layers.prepare(backbone, storage, compute)
-    memory.archive_model_dtypes(backbone)
-    return host.make_patcher(
-        backbone, load_backbone_patcher, (folder, dtype), disable_dynamic=disable_dynamic
-    )
+    """The backbone of a checkpoint folder, or its EVA-CLIP, which may lie beside it. Arguments as load_dit_patcher.
 
-
-def load_image_encoder_patcher(
-    folder: str, dtype: str, disable_dynamic: bool = False
-) -> comfy.model_patcher.ModelPatcher:
-    """EVA-CLIP of a checkpoint folder, or from beside it, in a patcher. Arguments as load_dit_patcher."""
+    Args:
+        component: a name in LOADERS.
+    """
     files = open_checkpoint(Path(folder))
-    storage, compute = network_dtypes(files, "image_encoder", dtype)
-    encoder = load_image_encoder(files, dtype=layers.file_dtype(storage))
-    layers.prepare(encoder, storage, compute)
-    memory.archive_model_dtypes(encoder)
+    storage, compute = network_dtypes(files, component, dtype)
+    network = LOADERS[component](files, dtype=layers.file_dtype(storage))
+    layers.prepare(network, storage, compute)
+    memory.archive_model_dtypes(network)
     return host.make_patcher(
-        encoder, load_image_encoder_patcher, (folder, dtype), disable_dynamic=disable_dynamic
+        network, load_patcher, (component, folder, dtype), disable_dynamic=disable_dynamic
     )
 
 
 def load_backbone_handle(folder: Path, dtype: str) -> BackboneHandle:
     """What the socket BLIP3O carries."""
-    files = open_checkpoint(folder)
-    return BackboneHandle(
-        load_backbone_patcher(str(folder), dtype), files, network_dtypes(files, "backbone", dtype)[1]
-    )
+    return BackboneHandle(*_load("backbone", folder, dtype))
 
 
 def load_image_encoder_handle(folder: Path, dtype: str) -> ImageEncoderHandle:
     """What the socket BLIP3O_IMAGE_ENCODER carries."""
+    return ImageEncoderHandle(*_load("image_encoder", folder, dtype))
+
+
+def _load(
+    component: str, folder: Path, dtype: str
+) -> tuple[comfy.model_patcher.ModelPatcher, CheckpointFiles, torch.dtype]:
     files = open_checkpoint(folder)
-    return ImageEncoderHandle(
-        load_image_encoder_patcher(str(folder), dtype),
-        files,
-        network_dtypes(files, "image_encoder", dtype)[1],
-    )
+    return load_patcher(component, str(folder), dtype), files, network_dtypes(files, component, dtype)[1]
 
 
 def memory_text(files: CheckpointFiles, choice: str, device_bytes: int) -> str:
@@ -90,7 +80,7 @@ def memory_text(files: CheckpointFiles, choice: str, device_bytes: int) -> str:
     for component in USES["draw"]:
         storage, _ = network_dtypes(files, component, choice)
         tensors = needed_tensors(files, component)
-        size = network_bytes(tensors, "fp8") if storage.itemsize == 1 else network_bytes(tensors)
+        size = network_bytes(tensors, "int8") if storage.itemsize == 1 else network_bytes(tensors)
         size = size * 2 if storage == torch.float32 else size
         lines.append(f"{component}: {format_bytes(size)} in {str(storage).removeprefix('torch.')}")
         largest = max(largest, size)

@@ -8,10 +8,11 @@ import comfy.sd
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..blip3o_core.drawing.noise import MAX_SEED
 from ..blip3o_core.images import from_pil
 from .native import host
 from .native import lora as lora_files
-from .native.drawing import MAX_SEED, Patcher
+from .native.drawing import Patcher
 from .native.sockets import BackboneHandle, BackboneType, RunType, TrainingRun
 from .training.lora_files import convert_lora, merge_loras, open_lora, save_lora
 from .training.results import compare_strengths, plot_runs

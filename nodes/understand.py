@@ -10,9 +10,10 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
+from ..blip3o_core.drawing.noise import MAX_SEED
 from ..blip3o_core.errors import BadInputError
-from ..blip3o_core.images import to_pil
-from ..blip3o_core.pipeline import SYSTEM_PROMPT
+from ..blip3o_core.images import MAX_PIXELS, to_pil
+from ..blip3o_core.language.prompts import CAPTION_STYLES, SYSTEM_PROMPT
 from .native import host
 from .native.answers import (
     answer_settings,
@@ -22,12 +23,9 @@ from .native.answers import (
     question_turn,
     require_pictures,
 )
-from .native.drawing import MAX_SEED
 from .native.sockets import BackboneHandle, BackboneType, Chat, ChatType
 
 CATEGORY = "BLIP3-o/understand"
-DEFAULT_MAX_PIXELS = 1280 * 28 * 28
-CAPTION_STYLES = ("short", "detailed", "tags", "training")
 REWRITE_STYLES = {
     "richer": "Rewrite this picture description with more detail about subject, surroundings, light and style, in at most three "
     "sentences. Keep everything it says. Answer with the description only: {prompt}",
@@ -100,7 +98,7 @@ def answer_inputs(max_new_tokens: int) -> list[io.Input]:
         ),
         io.Int.Input(
             "max_pixels",
-            default=DEFAULT_MAX_PIXELS,
+            default=MAX_PIXELS,
             min=3136,
             max=12845056,
             step=784,
@@ -239,9 +237,7 @@ class Caption(io.ComfyNode):
         prefix: str = "",
         **sampling: Any,
     ) -> io.NodeOutput:
-        from ..blip3o_core.language.answers import CAPTION_STYLES as instructions
-
-        wording = instruction.strip() or instructions[style]
+        wording = instruction.strip() or CAPTION_STYLES[style]
         answers = ask_each(
             backbone,
             [question_turn(wording, [picture]) for picture in require_pictures(images)],
@@ -529,7 +525,7 @@ class BestOf(io.ComfyNode):
                 ],
                 settings=answer_settings(64, 0.0, 1.0, 0, 1.0, 0),
                 system_prompt=SYSTEM_PROMPT,
-                max_pixels=DEFAULT_MAX_PIXELS,
+                max_pixels=MAX_PIXELS,
                 node_id=cls.hidden.unique_id,
             )
             reasons = [f"{reason}: {text}" for reason, text in zip(reasons, said, strict=True)]

@@ -382,7 +382,10 @@ def _tar_entries(path: Path) -> Iterator[Entry]:
             f'"{path}" cannot be read as a tar.\nDownload it again; a compressed tar must be decompressed first. ({error})'
         ) from error
     # tarfile takes a file cut off between two members for a whole one; a whole one ends in blocks of zeros.
-    if end and FileSpan(path, end, TAR_BLOCK).read() != bytes(TAR_BLOCK):
+    is_cut = path.stat().st_size < end + TAR_BLOCK or FileSpan(path, end, TAR_BLOCK).read() != bytes(
+        TAR_BLOCK
+    )
+    if end and is_cut:
         raise TrainingDataError(f'"{path}" is cut off after {end} bytes.\nDownload it again.')
     if not has_picture:
         raise TrainingDataError(

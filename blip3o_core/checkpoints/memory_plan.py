@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import TILE_SIDE
+from ..config import TILE_SIDE, pixels_per_latent
 from ..errors import BadInputError
 from ..performance.quantize import FORMATS, SKIPPED, SMALLEST_WEIGHTS
 from ..units import GIB, format_bytes
@@ -63,8 +63,8 @@ class Way:
         return " ".join(word for word in words if word)
 
 
-# Best first; int8 loses less than fp8 at the same size (benchmarks/results). Drawing calls the backbone once per prompt,
-# so moving its layers costs little and loses nothing; answering calls it for every word.
+# Best first. Drawing calls the backbone once per prompt, so moving its layers costs little and loses nothing;
+# answering calls it for every word.
 WAYS = {
     "draw": (Way(), Way(offload=True), Way(True, stream=True), Way(True, stream=True, tiled=True)),
     "answer": (Way(), Way(quantize="int8"), Way(quantize="nf4"), Way(stream=True)),
@@ -264,7 +264,7 @@ def _work(
         phases.append(("sampling features", "dit", _dit_bytes(tensors["dit"])))
     if "decoder" in tensors:
         unet, vae = decoder_configs["unet"], decoder_configs["vae"]
-        side = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        side = unet["sample_size"] * pixels_per_latent(vae)
         phases.append(("painting", "decoder", painting_bytes(unet, vae, (side, side), is_tiled=way.tiled)))
     return phases
 
@@ -309,7 +309,7 @@ def painting_bytes(
     """
     height, width = size
     levels = vae["block_out_channels"]
-    scale = 2 ** (len(levels) - 1)
+    scale = pixels_per_latent(vae)
     tile = TILE_SIDE if is_tiled else max(size)
     # Its last level reads the channels of the one below at full size.
     pixels = VAE_TENSORS * min(height, tile) * min(width, tile) * levels[min(1, len(levels) - 1)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import WrongCheckpointError
-from ..untrusted import parse_object
+from ..files import replacing
+from ..untrusted import MAX_HEADER_BYTES, parse_object
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +37,6 @@ FILE_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE_BYTES = 32 * 2**20
 # A converting read drops its file mapping after so many bytes, so that mapped pages do not add up to a second copy.
 REMAP_BYTES = 128 * 2**20
-MAX_HEADER_BYTES = 100 * 2**20
 
 
 @dataclass(frozen=True)
@@ -228,20 +227,14 @@ def stream_safetensors(
         offset = end
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(raw)) + raw)
-            for key in order:
-                written = 0
-                for piece in read(key):
-                    assert piece.dtype == shapes[key].dtype, f"{key} is {piece.dtype}"
-                    written += file.write(piece.contiguous().view(-1).view(torch.uint8).numpy())
-                assert written == shapes[key].nbytes, f"{key} has {written} bytes, not {shapes[key].nbytes}"
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for key in order:
+            written = 0
+            for piece in read(key):
+                assert piece.dtype == shapes[key].dtype, f"{key} is {piece.dtype}"
+                written += file.write(piece.contiguous().view(-1).view(torch.uint8).numpy())
+            assert written == shapes[key].nbytes, f"{key} has {written} bytes, not {shapes[key].nbytes}"
 
 
 def refuse_lfs_pointer(path: Path, start: bytes) -> None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..config import pixels_per_latent
 from ..errors import SettingError, check_choice, check_interval, check_range
+from .flow import skipped_steps
 
 if TYPE_CHECKING:  # diffusers is imported only when the decoder is loaded
     from ..models.decoder import Decoder
@@ -77,9 +79,17 @@ def picture_size(unet: Mapping[str, Any], vae: Mapping[str, Any], settings: Pixe
     Raises:
         SettingError: not a multiple of 8 (or of what this decoder's levels need).
     """
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    native = unet["sample_size"] * factor
-    height, width = settings.height or native, settings.width or native
+    factor = pixels_per_latent(vae)
+    return drawable_size(settings.height, settings.width, unet["sample_size"] * factor, factor)
+
+
+def drawable_size(height: int | None, width: int | None, native: int, factor: int) -> tuple[int, int]:
+    """(height, width) in pixels; none or 0 stands for `native`, the side that the decoder was trained at.
+
+    Raises:
+        SettingError: not a multiple of `factor`.
+    """
+    height, width = height or native, width or native
     for name, value in (("width", width), ("height", height)):
         if value < factor or value % factor:
             lower = max(factor, value // factor * factor)
@@ -153,7 +163,7 @@ def denoise_latents(
     timesteps = scheduler.timesteps
     latents = noise * scheduler.init_noise_sigma
     if start is not None:
-        skipped = settings.steps - round(settings.steps * start.strength)
+        skipped = skipped_steps(settings.steps, start.strength)
         start_latents = start.latents.to(noise).expand_as(noise)
         if skipped == settings.steps:
             return start_latents

@@ -45,6 +45,11 @@ def sigma_schedule(steps: int, shift: float = 1.0) -> Tensor:
     return torch.cat([sigmas.float(), torch.zeros(1)])
 
 
+def skipped_steps(steps: int, strength: float) -> int:
+    """How many of a run's first steps are left out when it starts from something; strength 1 = none, 0 = all."""
+    return steps - round(steps * strength)
+
+
 def whole_timesteps(sigmas: Tensor) -> Tensor:
     """What the network is fed: sigma x 1000 cut to a whole number, float32.
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import BadInputError, check_choice, check_interval, check_range
 from ..models.nextdit import NextDiT
-from .flow import mix, sigma_schedule, whole_timesteps
+from .flow import mix, sigma_schedule, skipped_steps, whole_timesteps
 
 # A DiT made ready for a sampling run: (dit, timesteps of all noise levels (T,), (rows, columns) of the grid) -> PreparedRun.
 PrepareRun = Callable[[NextDiT, Tensor, Sequence[int]], "PreparedRun"]
@@ -125,7 +126,7 @@ def sample_features(
     grid, start_grid, mask = noise, noise, None
     if start is not None:
         start_grid = to_grid(start.features, grid_size).to(noise)
-        sigmas = sigmas[settings.steps - round(settings.steps * start.strength) :]
+        sigmas = sigmas[skipped_steps(settings.steps, start.strength) :]
         if len(sigmas) == 1:
             return to_tokens(start_grid.expand_as(noise))
         grid = mix(start_grid, noise, sigmas[:1])
@@ -183,7 +184,7 @@ def guided_velocity(
 
 def to_tokens(grid: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H x W, C), row major."""
-    return grid.flatten(2).transpose(1, 2)
+    return rearrange(grid, "b c h w -> b (h w) c")
 
 
 def to_grid(image_features: Tensor, size: Sequence[int]) -> Tensor:
@@ -198,7 +199,7 @@ def to_grid(image_features: Tensor, size: Sequence[int]) -> Tensor:
             f"These image features do not fit this model: {tuple(image_features.shape)}, expected (count, {height * width}, channels).\n"
             "Use features made with the same checkpoint."
         )
-    return image_features.transpose(1, 2).unflatten(2, (height, width))
+    return rearrange(image_features, "b (h w) c -> b c h w", h=height, w=width)
 
 
 AfterStep = Callable[[Tensor, int, Tensor], Tensor]

@@ -18,11 +18,12 @@ from ..checkpoints.layout import (
     IMAGE_ENCODER_FOLDERS,
     INDEX_NAME,
 )
+from ..config import PUBLISHED_REPOS, PUBLISHED_SIZES
 from ..errors import BadInputError, MissingFilesError, WrongCheckpointError
-from ..untrusted import MAX_JSON_BYTES, parse_object
+from ..untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES, parse_object
 from .client import Hub, Listing, RemoteFile
 
-ALIASES = {"8b": "BLIP3o/BLIP3o-Model-8B", "4b": "BLIP3o/BLIP3o-Model-4B"}
+ALIASES = {PUBLISHED_SIZES[width].lower(): repo for width, repo in PUBLISHED_REPOS.items()}
 USES = ("generate", "encode")
 USE_WORDS = {
     "generate": "text-to-image and understanding",
@@ -53,7 +54,6 @@ DECODER_CONFIGS = (
     *(f"{DECODER_FOLDER}/{network}/config.json" for network in DECODER_NETWORKS),
 )
 SAFE_PART = re.compile(r"[\w-][\w.-]*", re.ASCII)
-MAX_HEADER_BYTES = 100 * 2**20
 
 
 def resolve_repo(name: str) -> str:

@@ -32,16 +32,6 @@ MakeSteps = Callable[[Backbone, DynamicCache, "Tensor | None"], "PlainSteps"]
 # on_text(row, answer so far); return True to end that answer, raise to stop everything.
 TextCallback = Callable[[int, str], "bool | None"]
 
-CAPTION_STYLES = {
-    "short": "Describe this image in one short sentence.",
-    "detailed": "Describe this image in detail: subjects, their attributes and positions, background, light, colours and style.",
-    "tags": "List the contents and the style of this image as short comma-separated tags.",
-    "training": (
-        "Describe this image in one or two plain sentences, as a caption for training a picture generator: "
-        "subject, action, surroundings, viewpoint and medium. Do not guess at names or feelings."
-    ),
-}
-MATCH_QUESTION = "Does this picture show {statement}? Answer yes or no."
 YES_WORDS = ("Yes", "yes")
 NO_WORDS = ("No", "no")
 

@@ -14,6 +14,16 @@ from ..errors import BadInputError, MissingFilesError, WrongCheckpointError
 SYSTEM_PROMPT = "You are a helpful assistant."
 GENERATE_INSTRUCTION = "Please generate image based on the following caption: {prompt}"
 RECONSTRUCT_INSTRUCTION = "Please reconstruct the given image."
+CAPTION_STYLES = {
+    "short": "Describe this image in one short sentence.",
+    "detailed": "Describe this image in detail: subjects, their attributes and positions, background, light, colours and style.",
+    "tags": "List the contents and the style of this image as short comma-separated tags.",
+    "training": (
+        "Describe this image in one or two plain sentences, as a caption for training a picture generator: "
+        "subject, action, surroundings, viewpoint and medium. Do not guess at names or feelings."
+    ),
+}
+MATCH_QUESTION = "Does this picture show {statement}? Answer yes or no."
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_PAD = "<|image_pad|>"
 VISION_START = "<|vision_start|>"

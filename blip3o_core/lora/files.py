@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..config import model_words
 from ..errors import MissingFilesError, WrongAdapterError
 from ..untrusted import parse_object, quote, whole_number
 from .changes import (
@@ -38,7 +39,6 @@ PEFT_METADATA = "lora_adapter_metadata"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WIDTH_KEY, BASE_KEY = "blip3o.cond_dim", "blip3o.base_dit_hash"
 TRIGGER_KEYS = ("modelspec.trigger_phrase", "trigger")
-KNOWN_WIDTHS = {3584: "the 8B model", 2048: "the 4B model"}
 SAMPLED_VALUES = 512
 
 
@@ -448,8 +448,8 @@ def _refuse_kinds(name: str, change: Change) -> None:
 
 
 def _other_size(name: str, found: int, expected: int, detail: str) -> WrongAdapterError:
-    trained = KNOWN_WIDTHS.get(found, "a model of another size")
-    loaded = KNOWN_WIDTHS.get(expected, "another one")
+    trained = model_words(found, "a model of another size")
+    loaded = model_words(expected, "another one")
     return WrongAdapterError(
         f'The LoRA "{name}" was trained for {trained}, but {loaded} is loaded.\n'
         "Load the model it was trained for, or train it again on this one. "

@@ -8,11 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..config import TILE_SIDE
-
-# original size (height, width) and crop (top, left), fixed as published; the target size follows them.
-PUBLISHED_ORIGINAL_SIZE = (1024, 1024)
-PUBLISHED_CROP = (0, 0)
+from ..config import PUBLISHED_CROP, PUBLISHED_ORIGINAL_SIZE, TILE_SIDE, pixels_per_latent
 
 
 class Decoder(nn.Module):
@@ -35,7 +31,7 @@ class Decoder(nn.Module):
     @property
     def vae_scale(self) -> int:
         """Pixels per latent along one side: 8 for four VAE levels."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return pixels_per_latent(self.vae.config)
 
     @property
     def latent_channels(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import EvaClipConfig
@@ -22,7 +23,7 @@ class PatchEmbed(nn.Module):
         self.proj = ops.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels).flatten(2).transpose(1, 2)  # (B, 3, S, S) -> (B, T - 1, W)
+        return rearrange(self.proj(pixels), "b w row column -> b (row column) w")
 
 
 class SelfAttention(nn.Module):
@@ -35,10 +36,10 @@ class SelfAttention(nn.Module):
         self.proj = ops.Linear(config.width, config.width)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        qkv = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_width))  # (B, T, 3, h, d)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(hidden_states)
+        query, key, value = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, d=self.head_width)
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        return self.proj(rearrange(attended, "b h t d -> b t (h d)"))
 
 
 class FeedForward(nn.Module):
@@ -108,5 +109,7 @@ class EvaClip(nn.Module):
             Patch features averaged in squares of `pool` patches, (B, width, g, g).
         """
         side = self.config.patch_grid
-        patches = self.encode_tokens(pixels)[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-        return F.avg_pool2d(patches, self.config.pool)
+        patches = self.encode_tokens(pixels)[:, 1:]
+        return F.avg_pool2d(
+            rearrange(patches, "b (row column) w -> b w row column", row=side), self.config.pool
+        )

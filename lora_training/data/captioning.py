@@ -9,7 +9,8 @@ from ...blip3o_core.checkpoints.keys import COMPONENTS
 from ...blip3o_core.checkpoints.save import write_text
 from ...blip3o_core.errors import BadInputError, Blip3oError, TrainingDataError
 from ...blip3o_core.images import to_rgb
-from ...blip3o_core.language.answers import CAPTION_STYLES, AnswerSettings
+from ...blip3o_core.language.answers import AnswerSettings
+from ...blip3o_core.language.prompts import CAPTION_STYLES
 from ...blip3o_core.pipeline import Blip3oPipeline
 from ..config import DataConfig
 from ..records import EventSink, Interrupted, StopCheck

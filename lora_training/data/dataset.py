@@ -434,8 +434,8 @@ def _belongs(caption: Path, picture: Path, root: Path) -> bool:
 
     A shared folder could else link a caption to any text of this computer, which would then be learned and shown.
     """
-    text, shown = caption.resolve(), picture.resolve()
-    return text.is_relative_to(root.resolve()) or (text.parent == shown.parent and text.stem == shown.stem)
+    text, shown, inside = (Path(os.path.realpath(path)) for path in (caption, picture, root))
+    return text.is_relative_to(inside) or (text.parent == shown.parent and text.stem == shown.stem)
 
 
 def _lines(data: bytes, name: str, problems: _Problems) -> list[str]:

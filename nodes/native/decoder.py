@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ...blip3o_core.checkpoints.safetensor_files import read_tensors
+from ...blip3o_core.config import pixels_per_latent
 from ...blip3o_core.errors import BadInputError, WrongCheckpointError
 from . import host, layers, preview
 
@@ -273,11 +274,6 @@ def is_sdxl_vae(config: dict[str, Any]) -> bool:
     return all(config.get(key, value) == value for key, value in SDXL_VAE.items())
 
 
-def pixels_per_latent(config: dict[str, Any]) -> int:
-    """Pixels along one side of a latent: 8 for four levels."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
 def load_vae(folder: str, decoder: str | None = None) -> comfy.sd.VAE:
     """The decoder's autoencoder as a VAE: ComfyUI's own network where the sizes are SDXL's, diffusers' otherwise.
 
@@ -337,7 +333,7 @@ def _small_vae(files: CheckpointFiles, config: dict[str, Any]) -> comfy.sd.VAE:
         vae.first_stage_model, load_device=vae.device, offload_device=memory.vae_offload_device()
     )
     vae.latent_channels = config["latent_channels"]
-    vae.downscale_ratio = vae.upscale_ratio = 2 ** (len(config["block_out_channels"]) - 1)
+    vae.downscale_ratio = vae.upscale_ratio = pixels_per_latent(config)
     vae.size = None
     vae.model_size()
     return vae

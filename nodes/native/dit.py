@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ...blip3o_core.checkpoints.load import load_dit
+from ...blip3o_core.config import model_words
 from ...blip3o_core.errors import BadInputError
 from ...blip3o_core.lora.files import dit_fingerprint
 from ...blip3o_core.models.nextdit import NextDiT
@@ -152,15 +153,10 @@ def check_conditioning(conditioning: Tensor, expected_width: int) -> None:
     """
     width = conditioning.shape[-1]
     if width != expected_width:
-        known = {
-            3584: "the 8B model",
-            2048: "the 4B model",
-            768: "an SD 1.5 text encoder",
-            4096: "a T5 text encoder",
-        }
+        other = {768: "an SD 1.5 text encoder", 4096: "a T5 text encoder"}.get(width, "another model")
         raise BadInputError(
-            f"This prompt was encoded by {known.get(width, 'another model')}, but the DiT belongs to "
-            f"{known.get(expected_width, 'a model of another size')}.\n"
+            f"This prompt was encoded by {model_words(width, other)}, but the DiT belongs to "
+            f"{model_words(expected_width, 'a model of another size')}.\n"
             'Connect the conditioning of "Encode Prompt (BLIP3-o)" and let both come from the same "Load BLIP3-o" node. '
             f"(conditioning width {width}, expected {expected_width})"
         )

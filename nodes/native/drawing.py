@@ -13,8 +13,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...blip3o_core.drawing.flow import sigma_schedule
-from ...blip3o_core.drawing.noise import seeded_noise
+from ...blip3o_core.config import PUBLISHED_CROP, PUBLISHED_ORIGINAL_SIZE
+from ...blip3o_core.drawing.decoding import drawable_size
+from ...blip3o_core.drawing.flow import sigma_schedule, skipped_steps
+from ...blip3o_core.drawing.noise import item_seeds, seeded_noise
 from ...blip3o_core.drawing.sampling import to_tokens
 from ...blip3o_core.errors import BadInputError
 from ...blip3o_core.images import to_pil
@@ -28,9 +30,6 @@ from .sockets import BackboneHandle
 
 PUBLISHED = "published"
 GRID_SIDE = 8
-# Original size of the published size embedding, pixels.
-ORIGINAL_SIDE = 1024
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
 Patcher = comfy.model_patcher.ModelPatcher
 Conditioning = list[list[Any]]
 
@@ -82,11 +81,6 @@ def require_decoder(model: Patcher) -> FeatureDecoder:
             'Connect the output decoder of "Load BLIP3-o"; an SDXL model cannot read image features.'
         )
     return model.model
-
-
-def item_seeds(seed: int, count: int) -> list[int]:
-    """Seeds of the items of a batch: item i is drawn exactly as it would be alone with seed + i."""
-    return [(seed + item) % (MAX_SEED + 1) for item in range(count)]
 
 
 def conditioning_tensor(conditioning: Conditioning, expected_width: int) -> Tensor:
@@ -177,7 +171,7 @@ def run_dit(
     else:
         start_features = comfy.utils.repeat_to_batch_size(start_features, count)
         grid_size = tuple(start_features.shape[-2:])
-        sigmas = sigmas[steps - round(steps * strength) :]
+        sigmas = sigmas[skipped_steps(steps, strength) :]
         if len(sigmas) == 1:
             return start_features
     if mask is not None:
@@ -210,8 +204,8 @@ def decoder_conditioning(
         negative_features: the same to guide away from; None = all zeros.
         height, width: size of the picture, pixels.
     """
-    sizes = {"width": ORIGINAL_SIDE, "height": ORIGINAL_SIDE, "crop_w": 0, "crop_h": 0}
-    sizes |= {"target_width": width, "target_height": height}
+    names = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")
+    sizes = dict(zip(names, (*PUBLISHED_ORIGINAL_SIZE, *PUBLISHED_CROP, height, width), strict=True))
 
     def condition(grid: Tensor) -> Conditioning:
         tokens = to_tokens(grid)
@@ -222,20 +216,8 @@ def decoder_conditioning(
 
 
 def picture_size(decoder: FeatureDecoder, height: int, width: int) -> tuple[int, int]:
-    """Height and width in pixels; 0 stands for the size the decoder was trained at.
-
-    Raises:
-        BadInputError: no multiple of what the VAE needs.
-    """
-    height, width = height or decoder.native_side, width or decoder.native_side
-    factor = decoder.pixels_per_latent
-    for name, value in (("width", width), ("height", height)):
-        if value % factor:
-            raise BadInputError(
-                f"{name} is {value}, but this decoder draws multiples of {factor} pixels.\n"
-                f"Use {value // factor * factor} or {(value // factor + 1) * factor}, or 0 for the trained size."
-            )
-    return height, width
+    """(height, width) in pixels, see drawable_size; 0 stands for the size the decoder was trained at."""
+    return drawable_size(height, width, decoder.native_side, decoder.pixels_per_latent)
 
 
 def published_sigmas(model: Patcher, steps: int) -> Tensor:
@@ -292,7 +274,7 @@ def run_decoder(
         )
         start = vae.encode(resized.movedim(1, -1).clamp(0, 1))
         start = comfy.utils.repeat_to_batch_size(start, count)
-        sigmas = sigmas[len(sigmas) - 1 - round((len(sigmas) - 1) * strength) :]
+        sigmas = sigmas[skipped_steps(len(sigmas) - 1, strength) :]
     elif scheduler == PUBLISHED:
         # The published schedule starts below the highest sigma but still from noise of variance 1 + sigma^2.
         noise = noise * (1 + sigmas[0] ** 2).sqrt() / sigmas[0]

@@ -16,24 +16,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...blip3o_core.checkpoints.layout import DECODER_FOLDER, is_checkpoint_folder
-from ...blip3o_core.config import BUILT_IN_MODEL
+from ...blip3o_core.config import BUILT_IN_MODEL, LARGEST_FLOAT32_BYTES
+from ...blip3o_core.devices import DTYPE_NAMES
 from ...blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
 from ...blip3o_core.units import format_bytes
-from ...blip3o_core.untrusted import is_inner_name
+from ...blip3o_core.untrusted import is_inner_name, is_new_name, quote
 
 NEEDED_COMFYUI = "0.33.0"
 MODEL_FOLDER = "blip3o"
 BUILT_IN = "built-in: tiny"
-DTYPES = {
-    "auto": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp8": torch.float8_e4m3fn,
-}
+DTYPES = {"auto": None, **DTYPE_NAMES, "fp8": torch.float8_e4m3fn}
 PREVIEW_SIDE = 512
-# Networks up to this size on disk are kept in fp32 where a device computes in fp32 only.
-FLOAT32_BYTES = 4 * 2**30
 
 
 def require_comfyui() -> None:
@@ -95,7 +88,7 @@ def find_checkpoint(name: str) -> Path:
     # Judged by its words, not by where it resolves to: people link big model folders to other disks.
     if not is_inner_name(name):
         raise BadInputError(
-            f'The checkpoint "{name}" leads out of ComfyUI\'s model folders.\n'
+            f"The checkpoint {quote(name)} leads out of ComfyUI's model folders.\n"
             f'Put it into "{roots[-1]}" and choose it from the list.'
         )
     for root in roots:
@@ -121,7 +114,17 @@ def checkpoint_fingerprint(name: str) -> str:
 
 
 def save_path(filename_prefix: str, suffix: str) -> Path:
-    """Next free numbered file for a prefix in the output folder; the prefix may name subfolders, never leave the folder."""
+    """Next free numbered file for a prefix in the output folder; the prefix may name subfolders, never leave the folder.
+
+    Raises:
+        BadInputError: the prefix cannot begin the name of a file.
+    """
+    # A number follows, so that any ending of the words themselves is fine.
+    if not is_new_name(f"{filename_prefix}_") or not filename_prefix.strip() or filename_prefix[-1] in "/\\":
+        raise BadInputError(
+            f"{quote(filename_prefix)} cannot begin the name of a file.\n"
+            "Write a name, or folder/name, below ComfyUI's output folder."
+        )
     output = folder_paths.get_output_directory()
     folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
     while (path := Path(folder) / f"{name}_{counter:05}_{suffix}").exists():
@@ -175,7 +178,7 @@ def storage_and_compute_dtype(
     storage = DTYPES[choice]
     if storage is None:
         storage = memory.unet_dtype(device, supported_dtypes=list(supported), weight_dtype=torch.bfloat16)
-        if storage == torch.float32 and file_bytes > FLOAT32_BYTES and not memory.args.fp32_unet:
+        if storage == torch.float32 and file_bytes > LARGEST_FLOAT32_BYTES and not memory.args.fp32_unet:
             storage = torch.bfloat16
     return storage, memory.unet_manual_cast(storage, device, list(supported)) or storage
 

@@ -14,7 +14,8 @@ import folder_paths
 from ...blip3o_core.checkpoints.safetensor_files import read_header
 from ...blip3o_core.config import PICTURE_SUFFIXES
 from ...blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
-from ...blip3o_core.untrusted import is_inner_name
+from ...blip3o_core.files import replacing
+from ...blip3o_core.untrusted import is_inner_name, is_new_name, quote
 from ...lora_training.config import BUILT_IN, LoraConfig, to_yaml
 from ..native import host
 
@@ -57,7 +58,7 @@ def find_dataset(name: str) -> Path:
     # Judged by its words, not by where it resolves to: people link big folders to other disks.
     if not is_inner_name(words):
         raise BadInputError(
-            f'The folder "{name}" leads out of ComfyUI\'s folders.\n'
+            f"The folder {quote(name)} leads out of ComfyUI's folders.\n"
             "Put your pictures into a folder inside ComfyUI's input folder, press R and choose it from the list."
         )
     for label, root in roots():
@@ -146,9 +147,9 @@ def check_name(name: str) -> str:
         BadInputError: it is empty or names another folder.
     """
     name = name.strip()
-    if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|') or not name.isprintable():
+    if set(name) & set("/\\") or not is_new_name(name):
         raise BadInputError(
-            f'"{name}" cannot be the name of a file.\nUse letters, digits, spaces, - and _ for the name of the LoRA.'
+            f"{quote(name)} cannot be the name of a file.\nUse letters, digits, spaces, - and _ for the name of the LoRA."
         )
     return name
 
@@ -168,7 +169,6 @@ def publish_lora(file: Path, name: str, run: str | None = None) -> str:
             and the copy gets a number.
     """
     folder = Path(folder_paths.get_folder_paths("loras")[0])
-    folder.mkdir(parents=True, exist_ok=True)
     content = content_hash_of_bytes(file)
     numbered = (f"{name}_{number:02}.safetensors" for number in itertools.count(2))
     for target in map(folder.joinpath, itertools.chain([f"{name}.safetensors"], numbered)):
@@ -176,12 +176,8 @@ def publish_lora(file: Path, name: str, run: str | None = None) -> str:
             break
         if content_hash_of_bytes(target) == content:
             return target.name
-    temporary = target.with_name(target.name + ".part")
-    try:
+    with replacing(target) as temporary:
         shutil.copyfile(file, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target.name
 
 

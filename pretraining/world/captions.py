@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...blip3o_core.language.answers import CAPTION_STYLES, MATCH_QUESTION
+from ...blip3o_core.language.prompts import CAPTION_STYLES, MATCH_QUESTION
 from .scenes import BACKGROUNDS, COLOURS, KINDS, OPPOSITE, RELATIONS, SIZES, Scenes
 
 NUMBERS = ("zero", "one", "two", "three")

@@ -234,6 +234,34 @@ def test_a_folder_that_cannot_take_captions_is_told_before_a_network_is_read(
     assert f'"{Path(picture).parent}" (Permission denied)' in capsys.readouterr().err
 
 
+def test_a_folder_named_like_a_picture_is_told_before_a_network_is_read(
+    model: list[str],
+    nothing_computes: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target = tmp_path / "cat.png"
+    target.mkdir()
+    assert main(["generate", "red", "-o", str(target), *QUICK, *model]) == 2
+    assert f'"{target}" is a folder' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [("nowhere.png", 'There is no picture "nowhere.png"'), ("https://a.b/c.png", '"https://a.b/c.png" is an address')],
+)  # fmt: skip
+def test_a_picture_that_is_not_there_is_told_before_any_is_described(
+    model: list[str],
+    picture: str,
+    nothing_computes: None,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    fragment: str,
+) -> None:
+    assert main(["caption", picture, name, "--batch-size", "1", "--quiet", *model]) == 2
+    assert fragment in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("is_json", [False, True])
 def test_captions_that_are_written_are_shown_although_a_later_picture_is_broken(
     model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], is_json: bool
@@ -278,6 +306,14 @@ def test_a_character_that_a_terminal_lacks_does_not_end_a_command(
 
 
 # Chat
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="a program's output is closed by a POSIX shell")
+def test_a_command_works_although_its_output_is_closed() -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", LAUNCH, "info"]
+    done = subprocess.run(command, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_script_that_fails_half_way_still_hands_over_what_was_said(

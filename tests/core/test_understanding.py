@@ -11,15 +11,13 @@ import torch
 from comfyui_blip3o.blip3o_core.checkpoints.keys import to_published_key
 from comfyui_blip3o.blip3o_core.errors import BadInputError
 from comfyui_blip3o.blip3o_core.language.answers import (
-    CAPTION_STYLES,
-    MATCH_QUESTION,
     AnswerSettings,
     Turn,
     choice_log_probabilities,
     continue_rows,
     encode_chat,
 )
-from comfyui_blip3o.blip3o_core.language.prompts import TextTokenizer
+from comfyui_blip3o.blip3o_core.language.prompts import CAPTION_STYLES, MATCH_QUESTION, TextTokenizer
 from comfyui_blip3o.blip3o_core.language.rows import EncodedRow, PixelLimits, pixel_limits, rope_positions
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
 from originals import published_qwen_key, qwen_inputs, qwen_model

@@ -7,6 +7,7 @@ import pytest
 from comfyui_blip3o.blip3o_core.untrusted import (
     inner_path,
     is_inner_name,
+    is_new_name,
     parse_json,
     parse_object,
     parse_yaml,
@@ -104,3 +105,33 @@ def test_what_a_message_quotes_is_short() -> None:
 )
 def test_numbers_are_plain_digits_and_not_too_many(text: str, number: int | None) -> None:
     assert whole_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "name", [*OUTSIDE, "a/", "a\\", "x\ny", "a*", "x" * 300, "a/" * 1500 + "a", "\ud800", "a/.", ".a", "a/.b"]
+)
+def test_names_that_no_new_file_can_have_everywhere_are_seen(name: str) -> None:
+    assert not is_new_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "my dog", "loras/BLIP3o", "集/絵", "v1.2", "a\\b"])
+def test_names_of_new_files_may_be_in_any_language_and_folder(name: str) -> None:
+    assert is_new_name(name)
+
+
+@pytest.mark.parametrize("name", [None, 5, [], b"a"])
+def test_what_is_no_text_is_no_name(name: object) -> None:
+    assert not is_inner_name(name)
+
+
+def test_numbers_without_end_are_quoted_in_words() -> None:
+    assert len(quote(16**9000)) < 100
+
+
+@pytest.mark.parametrize(
+    "text", ["2026-13-45", "[1", "? {a: b}\n: 5", "!!python/object:os.system x", "\0", "a: b: c"]
+)
+def test_yaml_of_nonsense_is_a_value_error_on_one_line(text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_yaml(text)
+    assert type(caught.value) is ValueError

@@ -9,7 +9,7 @@ import pytest
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.errors import BadInputError, TrainingDataError
 from comfyui_blip3o.blip3o_core.images import load_image
-from comfyui_blip3o.blip3o_core.language.answers import CAPTION_STYLES
+from comfyui_blip3o.blip3o_core.language.prompts import CAPTION_STYLES
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline, load_pipeline
 from comfyui_blip3o.lora_training.config import DataConfig
 from comfyui_blip3o.lora_training.data import captioning
