@@ -1,4 +1,4 @@
-"""What the published sizes ask of a GPU, counted without one: bytes beside the weights, and kernels launched.
+"""What the published sizes ask of a GPU, counted without one: bytes besides the weights, and kernels launched.
 
 SizedPipeline lie on PyTorch's "meta" device, where tensors have shapes but no numbers; attention and RMSNorm count as one
 kernel, as on a GPU. Libraries' own workspaces are not counted.

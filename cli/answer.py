@@ -39,12 +39,12 @@ def add_ask(commands: Any) -> None:
 
 def add_caption(commands: Any) -> None:
     parser = command(
-        commands, "caption", run_caption, "Describe pictures; optionally write a text file beside each."
+        commands, "caption", run_caption, "Describe pictures; optionally write a text file next to each."
     )
     parser.add_argument("picture", nargs="+", help="picture files or folders of them")
     parser.add_argument("--style", default="short", help="short, detailed, tags or training (default: short)")
     parser.add_argument(
-        "--write", action="store_true", help="write NAME.txt beside NAME.png; existing files are kept"
+        "--write", action="store_true", help="write NAME.txt next to NAME.png; existing files are kept"
     )
     parser.add_argument("--overwrite", action="store_true", help="with --write: replace existing text files")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures looked at together (default: 4)")

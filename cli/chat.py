@@ -109,7 +109,7 @@ class Chat:
 
 def add_chat(commands: Any) -> None:
     parser = command(
-        commands, "chat", run_chat, "Talk with the model, also about pictures; /help tells more."
+        commands, "chat", run_chat, "Talk with the model, about pictures too; /help explains more."
     )
     parser.add_argument("picture", nargs="*", help="pictures that the first line is about")
     add_answer_options(parser)
@@ -170,7 +170,7 @@ def _script_lines() -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise BadInputError("The input is no UTF-8 text.\nSave it as UTF-8.") from error
+            raise BadInputError("The input is not UTF-8 text.\nSave it as UTF-8.") from error
 
 
 def _obey(line: str, chat: Chat) -> bool:
@@ -193,7 +193,7 @@ def _obey(line: str, chat: Chat) -> bool:
     elif word in ("/quit", "/exit"):
         return False
     else:
-        raise BadInputError(f'"{word}" is no command; /help lists them.')
+        raise BadInputError(f'"{word}" is not a command; /help lists them.')
     return True
 
 

@@ -380,7 +380,7 @@ def _check_target(out: str, count: int) -> None:
     path = Path(out)
     if path.suffix.lower() in PICTURE_SUFFIXES and path.suffix.lower() != ".png":
         raise BadInputError(
-            f'"{out}" is no PNG file; only PNG keeps prompt and seeds.\nName a .png file or a folder.'
+            f'"{out}" is not a PNG file; only PNG keeps prompt and seeds.\nName a .png file or a folder.'
         )
     is_picture = path.suffix.lower() == ".png"
     if is_picture and count == 1 and path.is_dir():

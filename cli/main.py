@@ -27,7 +27,7 @@ EXIT_BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 something is wrong, 2 a user can mend it, 130 interrupted, 141 cut off."""
+    """Run one command; returns the exit code: 0 done, 1 something is wrong, 2 a user can put it right, 130 interrupted, 141 cut off."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _show_every_character()
     arguments = build_parser().parse_args(argv)
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="blip3o",
         description="BLIP3-o draws pictures from prompts and answers questions about pictures.",
-        epilog='Without --model the small built-in model is used. "blip3o COMMAND --help" tells more.',
+        epilog='Without --model the small built-in model is used. "blip3o COMMAND --help" says more.',
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_generate(commands)

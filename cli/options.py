@@ -90,7 +90,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_part_options(group)
     parser.add_argument("--json", action="store_true", help="print JSON for scripts")
     parser.add_argument(
-        "--quiet", action="store_true", help="no progress bars, no word about what is as usual"
+        "--quiet", action="store_true", help="no progress bars, no remarks when all is as usual"
     )
 
 
@@ -186,7 +186,7 @@ def read_lines(source: str) -> list[str]:
     """The lines of a text file, or of standard input ("-"), without empty ones and those that begin with #.
 
     Raises:
-        BadInputError: no such file, nothing in it, or it is no UTF-8 text.
+        BadInputError: no such file, nothing in it, or it is not UTF-8 text.
     """
     name = "standard input" if source == "-" else f'"{source}"'
     try:
@@ -199,7 +199,7 @@ def read_lines(source: str) -> list[str]:
         # Not splitlines: it also splits at characters that belong into a prompt.
         lines = [line.strip() for line in io.StringIO(content.decode("utf-8-sig"), newline=None)]
     except UnicodeDecodeError as error:
-        raise BadInputError(f"{name} is no UTF-8 text.\nSave it as UTF-8.") from error
+        raise BadInputError(f"{name} is not UTF-8 text.\nSave it as UTF-8.") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise BadInputError(f"{name} holds no prompt.\nWrite one a line.")

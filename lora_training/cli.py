@@ -37,7 +37,7 @@ Several GPUs or machines:
   accelerate launch -m comfyui_blip3o.lora_training fit my_dog.yaml
   blip3o lora prove my_dog.yaml
 
-Exit codes: 0 done, 2 settings or pictures need mending, 3 stopped and saved, 4 went wrong but the best is kept,
+Exit codes: 0 done, 2 settings or pictures need correcting, 3 stopped and saved, 4 went wrong but the best is kept,
 5 too little memory. Ctrl-C finishes the step and saves; a second one ends at once."""
 NEW_FILE = """# A LoRA run; what is not set here has its default. blip3o lora check FILE says what is wrong before you train.
 schema: 1
@@ -73,7 +73,7 @@ def add_lora(parser: argparse.ArgumentParser) -> None:
     )
     check.add_argument("--json", action="store_true", help="print JSON for scripts")
     caption = _run_command(
-        commands, "caption", run_caption, "Write a caption beside each picture without one."
+        commands, "caption", run_caption, "Write a caption next to each picture that has none."
     )
     caption.add_argument("--mode", default="training", choices=MODES, help="default: training")
     caption.add_argument("--overwrite", action="store_true", help="replace captions that are there")
@@ -557,7 +557,7 @@ def _config(arguments: argparse.Namespace) -> LoraConfig:
 
 
 def _with_exit_code(run: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
-    """The exit codes of runs beside those of every command."""
+    """The exit codes of runs besides those of every command."""
     from .records import Diverged, Interrupted, OutOfMemory
 
     try:

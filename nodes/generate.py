@@ -89,7 +89,7 @@ class EncodePrompt(io.ComfyNode):
                     dynamic_prompts=True,
                     default="",
                     placeholder="What to avoid (may stay empty)",
-                    tooltip="What to guide away from. Empty uses the published neutral direction, which is best nearly always.",
+                    tooltip="What to guide away from. Empty uses the published neutral direction, which is nearly always best.",
                 ),
                 io.Image.Input(
                     "images",
@@ -166,12 +166,12 @@ class SampleImageFeatures(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="With start_features: how much is drawn anew. 0 keeps them, 0.3-0.7 varies them, 1 ignores them.",
+                    tooltip="With start_features: how much is drawn again. 0 keeps them, 0.3-0.7 varies them, 1 ignores them.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="With start_features: white is drawn anew, black is kept. Scaled to the 8 x 8 features.",
+                    tooltip="With start_features: white is drawn again, black is kept. Scaled to the 8 x 8 features.",
                 ),
                 io.Conditioning.Input(
                     "decoder_negative",
@@ -365,7 +365,7 @@ class DecodeImageFeatures(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="With start_image: how much is painted anew. 0 keeps it, 0.3-0.6 refines it, 1 ignores it.",
+                    tooltip="With start_image: how much is painted again. 0 keeps it, 0.3-0.6 refines it, 1 ignores it.",
                 ),
             ],
             outputs=[io.Image.Output("images", tooltip="The pictures.")],

@@ -25,7 +25,7 @@ CATEGORY = "BLIP3-o/load"
 OWN_DECODER = "of the checkpoint"
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
 LOADERS = {"backbone": load_backbone, "image_encoder": load_image_encoder}
-# What a network needs on the device beside its weights, the driver's share included.
+# What a network needs on the device besides its weights, the driver's share included.
 WORKING_BYTES = 2560 * 2**20
 
 
@@ -113,7 +113,7 @@ def dtype_input() -> io.Combo.Input:
         "dtype",
         options=list(host.DTYPES),
         default="auto",
-        tooltip="How weights are kept in memory. auto is right nearly always. fp8 halves memory and loses a little detail; "
+        tooltip="How weights are kept in memory. auto is nearly always right. fp8 halves memory and loses a little detail; "
         "fp32 is exact and twice as large.",
     )
 

@@ -23,14 +23,14 @@ class TrainingSettings(io.ComfyNode):
             node_id="BLIP3oTrainingSettings",
             display_name="Training Settings (BLIP3-o)",
             category=CATEGORY,
-            description="Everything about a training that the preset decides otherwise. Connect settings to Train LoRA.",
+            description="Everything about a training that the preset would otherwise decide. Connect settings to Train LoRA.",
             search_aliases=["blip3o", "learning rate", "rank", "optimizer", "lora config"],
             inputs=[
                 io.Combo.Input(
                     "adapter",
                     options=[AS_PRESET, "lora", "dora", "lokr", "queries", "full"],
                     default=AS_PRESET,
-                    tooltip="What learns. lora is right nearly always. queries tunes the 64 latent queries alone: a tiny file, and "
+                    tooltip="What learns. lora is nearly always right. queries tunes the 64 latent queries alone: a tiny file, and "
                     "the gentlest. full changes the whole DiT and needs much memory.",
                 ),
                 io.Int.Input(
@@ -187,7 +187,7 @@ class TrainLora(io.ComfyNode):
                     min=0.0,
                     max=10000.0,
                     step=1.0,
-                    tooltip="Stop after so many minutes and keep what was learned. 0 is no limit.",
+                    tooltip="Stop after this many minutes and keep what was learned. 0 is no limit.",
                 ),
                 TrainingSettingsType.Input(
                     "settings",

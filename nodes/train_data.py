@@ -94,7 +94,7 @@ class Dataset(io.ComfyNode):
                     "mask",
                     options=["none", "alpha", "files"],
                     default="none",
-                    tooltip="What of a picture counts. alpha: what is not transparent. files: what is white in NAME_mask.png beside it.",
+                    tooltip="What of a picture counts. alpha: what is not transparent. files: what is white in NAME_mask.png next to it.",
                 ),
                 io.Combo.Input(
                     "holdout",
@@ -106,14 +106,14 @@ class Dataset(io.ComfyNode):
                     "missing_captions",
                     options=["error", "trigger", "skip"],
                     default="error",
-                    tooltip="What a picture without a caption does. error: the training does not start. trigger: the trigger alone is "
+                    tooltip="What happens to a picture without a caption. error: the training does not start. trigger: the trigger alone is "
                     "its caption. skip: it is left out.",
                 ),
                 io.Combo.Input(
                     "bad_pictures",
                     options=["stop", "skip"],
                     default="stop",
-                    tooltip="What a file that cannot be opened does. stop: the training does not start. skip: it is left out.",
+                    tooltip="What happens when a file cannot be opened. stop: the training does not start. skip: it is left out.",
                 ),
                 io.String.Input(
                     "caption_prefix",
@@ -188,7 +188,7 @@ class CaptionDataset(io.ComfyNode):
             node_id="BLIP3oCaptionDataset",
             display_name="Caption Dataset (BLIP3-o)",
             category=CATEGORY,
-            description="Let the backbone write the captions of a dataset, as text files beside the pictures. "
+            description="Let the backbone write the captions of a dataset, as text files next to the pictures. "
             "Connect dataset to Train LoRA.",
             search_aliases=["blip3o", "auto caption", "describe", "tagger", "lora captions"],
             inputs=[
@@ -259,7 +259,7 @@ class CheckDataset(io.ComfyNode):
             node_id="BLIP3oCheckDataset",
             display_name="Ceiling & Trigger Check (BLIP3-o)",
             category=CATEGORY,
-            description="See before training what can be learned at all: each picture beside its ceiling, the best that the "
+            description="See before training what can be learned at all: each picture next to its ceiling, the best that the "
             "decoder can paint of it, and whether the model notices the trigger.",
             search_aliases=["blip3o", "lora preflight", "reconstruction", "trigger word test", "ceiling"],
             inputs=[
@@ -273,7 +273,7 @@ class CheckDataset(io.ComfyNode):
                     default=4,
                     min=1,
                     max=64,
-                    tooltip="How many pictures are painted anew. Time grows in proportion.",
+                    tooltip="How many pictures are painted again. Time grows in proportion.",
                 ),
                 io.Int.Input(
                     "steps", default=30, min=1, max=500, tooltip="Steps of the decoder. 25-50 is usual."

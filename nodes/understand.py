@@ -75,7 +75,7 @@ def answer_inputs(max_new_tokens: int) -> list[io.Input]:
             default=0,
             min=0,
             max=1000,
-            tooltip="With temperature: keep so many of the likeliest words. 0 keeps all.",
+            tooltip="With temperature: keep only this many of the likeliest words. 0 keeps all.",
             advanced=True,
         ),
         io.Float.Input(

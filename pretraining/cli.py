@@ -48,7 +48,7 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
         "--table",
         choices=COMPARISONS,
         default=COMPARISONS[0],
-        help="designs: CLIP + MSE, CLIP + flow, VAE + flow; joint: what learns beside the DiT (default: designs)",
+        help="designs: CLIP + MSE, CLIP + flow, VAE + flow; joint: what learns besides the DiT (default: designs)",
     )
     comparison.add_argument("--rows", nargs="+", help="rows of the table (default: all)")
     comparison.add_argument(

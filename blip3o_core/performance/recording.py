@@ -1,4 +1,4 @@
-"""torch.compile and recorded CUDA graphs, where they work. For GPUs: on the CPU neither pays, see the benchmarks."""
+"""torch.compile and recorded CUDA graphs, where they work. For GPUs: on the CPU neither pays off, see the benchmarks."""
 
 from __future__ import annotations
 

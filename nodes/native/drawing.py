@@ -165,7 +165,7 @@ def run_dit(
         grid_size = (GRID_SIDE, GRID_SIDE)
         if mask is not None:
             raise BadInputError(
-                "A mask needs start features: it says where to draw anew and where to keep them.\n"
+                "A mask needs start features: it says where to draw again and where to keep them.\n"
                 'Connect start_features, for example from "Encode Image (BLIP3-o)".'
             )
     else:

@@ -46,7 +46,7 @@ def require_comfyui() -> None:
 
 
 def register_model_folder() -> None:
-    """Make models/blip3o known to ComfyUI, beside what extra_model_paths.yaml already says about it."""
+    """Make models/blip3o known to ComfyUI, besides what extra_model_paths.yaml already says about it."""
     default = str(Path(folder_paths.models_dir) / MODEL_FOLDER)
     configured, _ = folder_paths.folder_names_and_paths.get(MODEL_FOLDER, ([], set()))
     folders = [*configured] if default in configured else [*configured, default]

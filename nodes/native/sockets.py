@@ -1,4 +1,4 @@
-"""What travels between our nodes beside ComfyUI's own types: the backbone, the image encoder, a chat, image features."""
+"""What travels between our nodes besides ComfyUI's own types: the backbone, the image encoder, a chat, image features."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RunType = io.Custom("BLIP3O_RUN")
 
 # Marks a LATENT as image features; ComfyUI's own nodes carry it along.
 FEATURES_TYPE = "blip3o_features"
-# What a prompt with pictures needs beside the weights: attention and logits of some 2000 tokens in a 7B model.
+# What a prompt with pictures needs besides the weights: attention and logits of some 2000 tokens in a 7B model.
 ACTIVATION_BYTES = 1536 * 2**20
 
 

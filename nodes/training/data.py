@@ -113,7 +113,7 @@ def caption_pictures(
     max_new_tokens: int,
     node_id: str | None,
 ) -> str:
-    """Write missing captions beside the pictures of a dataset, shown on the node as they come; what was done, in words.
+    """Write missing captions next to the pictures of a dataset, shown on the node as they come; what was done, in words.
 
     Cancel keeps every caption that was written.
 
