@@ -317,7 +317,6 @@ TREE_FOLDERS = (
     "pretraining",
     "cli",
     "benchmarks",
-    "examples",
     "docs",
 )
 

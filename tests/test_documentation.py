@@ -245,7 +245,7 @@ def test_links_follow_a_page_to_its_place_in_the_site(hooks: ModuleType):
     cases = {
         ("README.md", "docs/cookbook.md"): "cookbook.md",
         ("README.md", "docs/images/strip.png"): "images/strip.png",
-        ("README.md", "examples/draw_and_ask.py"): f"{forge}/blob/main/examples/draw_and_ask.py",
+        ("README.md", "docs/examples/draw_and_ask.py"): f"{forge}/blob/main/docs/examples/draw_and_ask.py",
         ("docs/cookbook.md", "../workflows/chat.jpg"): "workflows/chat.jpg",
         ("docs/cookbook.md", "../web/docs/BLIP3oAsk.md"): "nodes/BLIP3oAsk.md",
         ("docs/cookbook.md", "../README.md#the-published-models"): "index.md#the-published-models",

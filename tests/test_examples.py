@@ -1,4 +1,4 @@
-"""The scripts in examples/ do what their first line says, with settings that take seconds."""
+"""The scripts in docs/examples do what their first line says, with settings that take seconds."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 
 
 @pytest.fixture(autouse=True)

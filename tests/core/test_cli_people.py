@@ -385,7 +385,7 @@ def test_a_chat_is_reset_and_saved(
 
 @pytest.mark.parametrize(
     ("line", "fragment"),
-    [("/image nowhere.png", "There is no picture"), ("/image", "needs the name"), ("/sing", "no command")],
+    [("/image nowhere.png", "There is no picture"), ("/image", "needs the name"), ("/sing", "not a command")],
 )
 def test_a_script_that_chats_ends_at_its_first_mistake(
     model: list[str],

@@ -99,3 +99,10 @@ def test_the_checker_notices_a_node_that_does_not_exist():
 def test_link_ids_are_unique():
     for name, graph in GRAPHS.items():
         assert len(links_of(graph)) == len(graph["links"]), name
+
+
+def test_no_other_folder_hides_the_graphs_from_comfyui():
+    """It serves a pack's templates from the first of these folders that is there, and lists those of all."""
+    served = ("example_workflows", "example", "examples", "workflow", "workflows")
+    root = Path(__file__).resolve().parents[2]
+    assert next(name for name in served if (root / name).exists()) == "workflows"

@@ -1,6 +1,6 @@
 """Trains a LoRA on the twelve example pictures that come along, and draws with and without it.
 
-python examples/train_lora.py --out lora
+python docs/examples/train_lora.py --out lora
 
 With 120 steps (a minute on two CPU cores) the built-in model learns a traffic light: three shapes, the top one red,
 the left one yellow, the right one green.

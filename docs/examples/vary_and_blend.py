@@ -1,6 +1,6 @@
 """Works in the space of image features: redraws a picture, moves it towards a text, and walks from one picture to another.
 
-python examples/vary_and_blend.py --out variations
+python docs/examples/vary_and_blend.py --out variations
 """
 
 from __future__ import annotations

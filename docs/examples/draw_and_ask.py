@@ -1,6 +1,6 @@
 """Draws two pictures of each prompt, asks about them, and scores how well each shows its prompt.
 
-python examples/draw_and_ask.py "a red circle" "two green stars" --out pictures
+python docs/examples/draw_and_ask.py "a red circle" "two green stars" --out pictures
 """
 
 from __future__ import annotations
