@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,13 +228,13 @@ def diagnose(folders: Iterable[str | Path] | Mapping[str, Path] = (), *, self_te
 
 def look_at_machine(findings: list[Finding]) -> Machine:
     """Cores, memory and GPUs; adds what is wrong with them to `findings`."""
-    try:
+    free: int | None = None
+    total: int | None = None
+    with suppress(ImportError):  # already among the versions
         import psutil
 
         memory = psutil.virtual_memory()
         free, total = memory.available, memory.total
-    except ImportError:  # already among the versions
-        free = total = None
     system = f"{platform.system()} {platform.machine()}"
     build, gpus = _pytorch_and_gpus(findings)
     return Machine(system, os.cpu_count() or 1, free, total, build, tuple(gpus))

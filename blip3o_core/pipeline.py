@@ -435,7 +435,9 @@ class Blip3oPipeline:
             raise BadInputError(
                 f"There are {len(questions)} questions about {len(images)} lists of images.\nGive one question, or one for each list."
             )
-        chats = [[Turn("user", question, each)] for question, each in zip(questions, images, strict=True)]
+        chats = [
+            [Turn("user", question, tuple(each))] for question, each in zip(questions, images, strict=True)
+        ]
         return self.chat(
             chats,
             settings=settings,
@@ -557,12 +559,12 @@ class Blip3oPipeline:
     def _decoder_negative(self, request: DrawRequest, noise: PublishedNoise | SeededNoise) -> Tensor | None:
         if request.pixel_negative is None or _given(request.pixels).guidance_scale == 1:
             return None
-        is_published = isinstance(noise, PublishedNoise)
+        published = noise if isinstance(noise, PublishedNoise) else None
         return self.negative_features(
             request.pixel_negative,
-            seed=None if is_published else request.pixel_negative_seed,
+            seed=request.pixel_negative_seed if published is None else None,
             settings=request.features,
-            draw_noise=(lambda: noise.negative(self.noise_shape)) if is_published else None,
+            draw_noise=None if published is None else (lambda: published.negative(self.noise_shape)),
         )
 
     def _draw_all(

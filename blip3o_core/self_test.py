@@ -164,7 +164,8 @@ def _chat(pipeline: Blip3oPipeline) -> list[list[int]]:
     """Token ids of the answers, which read on from the kept keys and values of those before."""
     backbone, tokenizer = pipeline.backbone, pipeline.tokenizer
     limits, kept = pixel_limits(pipeline.files.folder), KeptChat()
-    turns, answers = [], []
+    turns: list[Turn] = []
+    answers: list[list[int]] = []
     for question in QUESTIONS:
         turns.append(Turn("user", question, () if turns else (_picture(),)))
         row = encode_chat(backbone, tokenizer, turns, limits)

@@ -173,7 +173,7 @@ class _Verification:
     def decoder(self) -> None:
         golden, described = self.golden, self.texts["decode"]
         settings = PixelSettings(steps=described["steps"], guidance_scale=described["guidance"])
-        arguments = {
+        arguments: dict[str, Any] = {
             "noise": golden["decode.noise"],
             "settings": settings,
             "negative_features": golden["negative.clip_features"],

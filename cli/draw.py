@@ -330,7 +330,7 @@ def _drawing_bars(arguments: argparse.Namespace) -> Iterator[dict[str, Callable[
                     total=0, desc=label, unit="step", disable=arguments.quiet or arguments.json
                 )
             if step == 1:
-                bars[label].total += total
+                bars[label].total = (bars[label].total or 0) + total
             bars[label].update()
 
         return on_step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import comfy.sd
 from comfy_api.latest import io, ui
@@ -226,7 +226,12 @@ class MergeLoras(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, loras: dict[str, dict[str, Tensor]], weights: str, method: str, rank: int, checkpoint: str
+        cls,
+        loras: dict[str, dict[str, Tensor]],
+        weights: str,
+        method: Literal["concat", "svd"],
+        rank: int,
+        checkpoint: str,
     ) -> io.NodeOutput:
         connected = [lora for lora in loras.values() if lora is not None]
         return io.NodeOutput(merge_loras(connected, weights, method, rank, checkpoint))

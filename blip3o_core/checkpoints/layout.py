@@ -77,8 +77,8 @@ class CheckpointFiles:
     @property
     def published_repo(self) -> str:
         """Words for the published repository of this size, from which missing parts can be taken."""
-        text = self.config.get("text_config") or self.config
-        repo = PUBLISHED_REPOS.get(text.get("hidden_size"))
+        text: dict[str, Any] = self.config.get("text_config") or self.config
+        repo = PUBLISHED_REPOS.get(text.get("hidden_size", 0))
         return repo or f"{' or '.join(PUBLISHED_REPOS.values())}, whichever it was made from"
 
     def component_tensors(self, component: str) -> dict[str, TensorInfo]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import comfy.model_patcher
 import comfy.sample
@@ -30,8 +30,8 @@ from .sockets import BackboneHandle
 
 PUBLISHED = "published"
 GRID_SIDE = 8
-Patcher = comfy.model_patcher.ModelPatcher
-Conditioning = list[list[Any]]
+Patcher: TypeAlias = comfy.model_patcher.ModelPatcher
+Conditioning: TypeAlias = list[list[Any]]
 
 
 def encode_prompt(
