@@ -657,8 +657,9 @@ def _quick_state(folder: Path) -> tuple[str, Finding | None]:
 
 def _open_quickly(folder: Path) -> CheckpointFiles:
     """As open_checkpoint, without asking of thousands of tensors to which network each belongs where an index lists them."""
-    from .checkpoints.layout import INDEX_NAME, CheckpointFiles, open_checkpoint, read_json, read_weight_map
+    from .checkpoints.layout import INDEX_NAME, CheckpointFiles, open_checkpoint, read_weight_map
     from .checkpoints.safetensor_files import read_header
+    from .untrusted import read_json
 
     if not (folder / INDEX_NAME).is_file():
         return open_checkpoint(folder)

@@ -15,7 +15,7 @@ from .checkpoints.layout import open_checkpoint
 from .checkpoints.memory_plan import painting_bytes
 from .devices import pick_device, pick_dtype, total_memory
 from .drawing.decoding import PixelCallback, PixelSettings, PixelStart, decode_features, picture_size
-from .drawing.noise import MAX_SEED, PublishedNoise, SeededNoise, seeded_noise
+from .drawing.noise import PublishedNoise, SeededNoise, seeded_noise
 from .drawing.presets import Generation
 from .drawing.request import PUBLISHED_NEGATIVE_PROMPT, DrawRequest
 from .drawing.sampling import FeatureSettings, FeatureStart, StepCallback, sample_features, to_tokens
@@ -25,6 +25,7 @@ from .language.prompts import CAPTION_STYLES, MATCH_QUESTION, SYSTEM_PROMPT, Tex
 from .lora.files import LoraFile
 from .networks import LoadedLora, NetworkLender, Networks
 from .performance.quantize import check_format
+from .seeds import MAX_SEED
 from .units import format_bytes
 
 if TYPE_CHECKING:  # transformers and diffusers are imported only when their component is loaded

@@ -7,6 +7,8 @@ import reprlib
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from .errors import WrongCheckpointError
+
 MAX_JSON_BYTES = 128 * 2**20
 # The limit of safetensors itself.
 MAX_HEADER_BYTES = 100 * 2**20
@@ -80,3 +82,20 @@ def inner_path(folder: Path, name: str) -> Path | None:
         return None
     path = folder / name
     return path if path.resolve().is_relative_to(folder.resolve()) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        WrongCheckpointError: it is not valid JSON.
+    """
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise WrongCheckpointError(
+            f'"{path.name}" in "{path.parent}" is not readable JSON.\nDelete it and download it again. ({error})'
+        ) from error
+    if not isinstance(value, dict):
+        raise WrongCheckpointError(f'"{path}" holds no JSON object.\nDelete it and download it again.')
+    return value

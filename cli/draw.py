@@ -279,7 +279,7 @@ def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: M
 
 
 def _other_checkpoint(pipeline: Blip3oPipeline, like: Mapping[str, Any]) -> str | None:
-    from ..blip3o_core.picture_files import checkpoint_fingerprint
+    from ..blip3o_core.checkpoints.fingerprints import checkpoint_fingerprint
 
     wanted = like.get("checkpoint_hash")
     if not wanted or wanted == checkpoint_fingerprint(pipeline.files):
@@ -344,7 +344,8 @@ def _drawing_bars(arguments: argparse.Namespace) -> Iterator[dict[str, Callable[
 
 def _draw(arguments: argparse.Namespace, pipeline: Blip3oPipeline, request: DrawRequest) -> None:
     """Draw, and save each picture as soon as its batch is there: what is done stays, whatever happens next."""
-    from ..blip3o_core.picture_files import checkpoint_fingerprint, describe_picture, save_png
+    from ..blip3o_core.checkpoints.fingerprints import checkpoint_fingerprint
+    from ..blip3o_core.picture_files import describe_picture, save_png
 
     fingerprint = checkpoint_fingerprint(pipeline.files)
     paths = iter(_target_paths(Path(arguments.out), request.total))

@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..blip3o_core.drawing.noise import MAX_SEED
+from ..blip3o_core.seeds import MAX_SEED
 from .native.drawing import (
     PUBLISHED,
     Conditioning,

@@ -8,8 +8,8 @@ import comfy.sd
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..blip3o_core.drawing.noise import MAX_SEED
 from ..blip3o_core.images import from_pil
+from ..blip3o_core.seeds import MAX_SEED
 from .native import host
 from .native import lora as lora_files
 from .native.drawing import Patcher

@@ -21,9 +21,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from ..drawing.noise import MAX_SEED, item_seeds
 from ..errors import BadInputError, check_range
 from ..models.backbone import Backbone
+from ..seeds import MAX_SEED, item_seeds
 from .prefixes import Beginning, KeptChat, encode_shared
 from .prompts import SYSTEM_PROMPT, Message, TextTokenizer, chat_text
 from .rows import EncodedRow, PixelLimits, embed_rows, encode_picture, padded_positions, rope_positions

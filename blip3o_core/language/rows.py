@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoints.layout import read_json
 from ..errors import BadInputError, WrongCheckpointError
 from ..images import MAX_PIXELS, MIN_PIXELS, question_size, to_patches
 from ..models.backbone import Backbone
+from ..untrusted import read_json
 from .prompts import TextTokenizer
 
 
