@@ -77,6 +77,12 @@ def test(arguments: list[str]) -> int:
     if len(chosen) > 1:
         print("Choose one of --latest and --oldest.", file=sys.stderr)
         return 2
+    if "--oldest" in chosen and sys.version_info >= (3, 12):
+        print(
+            "The oldest versions have no builds for this Python: use 3.10 or 3.11 for --oldest.",
+            file=sys.stderr,
+        )
+        return 2
     rest = [argument for argument in arguments if argument not in chosen]
     environment = {"--latest": LATEST, "--oldest": OLDEST}[chosen[0]] if chosen else TESTED
     python = environment.python

@@ -83,7 +83,7 @@ def memory_stage(size: str, device: torch.device, dtype: torch.dtype, rounds: in
 def planned(networks: SizedPipeline, use: str, case: Case) -> MemoryPlan:
     """What the plan says about networks of this size."""
     shapes = SizedPipeline(networks.size, torch.device("meta"), networks.dtype)
-    tensors = {name: _infos(shapes._read(name, shapes.device)) for name in USES[use]}
+    tensors = {name: _infos(shapes.networks.read(name, shapes.device)) for name in USES[use]}
     configs = {}
     if "decoder" in tensors:
         decoder = networks.decoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,22 @@ def read_note(path: str | Path) -> dict[str, Any]:
     if is_newer:
         raise BadInputError(f'"{path}" was made by a newer version of this program.\nUpdate ComfyUI-BLIP3o.')
     return description
+
+
+def loras_of_note(path: str | Path, note: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a picture's note says about the LoRAs it was drawn with: file, hash and strength of each.
+
+    Raises:
+        BadInputError: it says it in another way.
+    """
+    found = note.get("loras", [])
+    if not isinstance(found, list) or not all(
+        isinstance(used, dict)
+        and isinstance(used.get("file"), str)
+        and isinstance(used.get("strength"), (int, float))
+        for used in found
+    ):
+        raise BadInputError(
+            f'The note in "{path}" does not say clearly which LoRAs it was drawn with.\nName them, or leave them out: --lora none'
+        )
+    return [{"hash": None, **used} for used in found]

@@ -308,13 +308,23 @@ class Blip3oPipeline:
         """
         unet, vae = self.files.decoder_config("unet"), self.files.decoder_config("vae")
         height, width = size = request.size(unet, vae)
-        is_tiled = _given(request.pixels).tiled
-        needed = painting_bytes(unet, vae, size, is_tiled=is_tiled, number_bytes=self.dtype.itemsize)
+        is_tiled, together = _given(request.pixels).tiled, min(request.batch_size, request.total)
+        needed = painting_bytes(
+            *(unet, vae, size), is_tiled=is_tiled, number_bytes=self.dtype.itemsize, pictures=together
+        )
         there = total_memory(self.device)
         if needed > there:
+            what = f"A picture of {width} x {height} pixels needs"
+            if together > 1:
+                what = f"{together} pictures of {width} x {height} pixels at once need"
+            ways = [
+                "smaller",
+                *([] if is_tiled else ["in tiles"]),
+                *(["fewer at once"] if together > 1 else []),
+            ]
             raise BadInputError(
-                f"A picture of {width} x {height} pixels needs about {format_bytes(needed)} to paint, but this device has "
-                f"{format_bytes(there)} in all.\nDraw it smaller{'' if is_tiled else ', or decode it in tiles (tiled)'}."
+                f"{what} about {format_bytes(needed)} to paint, but this device has {format_bytes(there)} in all.\n"
+                f"Draw {', or '.join(ways)}."
             )
 
     def draw(
@@ -472,13 +482,15 @@ class Blip3oPipeline:
         on_text: TextCallback | None = None,
     ) -> list[str]:
         """The assistant's next answer in each chat; every chat ends with a user's turn."""
-        from .language.answers import encode_chat, write_answers
+        from .language.answers import encode_chat, write_answers, written_chat
         from .language.prefixes import KeptChat
         from .language.rows import pixel_limits
 
         if not chats:
             raise BadInputError("There is no question to answer.\nGive at least one question or picture.")
         limits = pixel_limits(self.files.folder, min_pixels, max_pixels)
+        for turns in chats:
+            written_chat(turns, system_prompt)  # what cannot be asked is told before the backbone is read
         with self.networks.use("backbone") as backbone:
             rows = [encode_chat(backbone, self.tokenizer, turns, limits, system_prompt) for turns in chats]
             self._forget_what_is_old()
@@ -584,11 +596,12 @@ class Blip3oPipeline:
     def _question_row(
         self, question: str, images: Sequence[Image.Image], min_pixels: int | None, max_pixels: int | None
     ) -> EncodedRow:
-        from .language.answers import Turn, encode_chat
+        from .language.answers import Turn, encode_chat, written_chat
         from .language.rows import pixel_limits
 
         limits = pixel_limits(self.files.folder, min_pixels, max_pixels)
         turns = [Turn("user", question, tuple(images))]
+        written_chat(turns)  # as in chat
         return encode_chat(self.backbone, self.tokenizer, turns, limits)
 
 

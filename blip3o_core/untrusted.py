@@ -10,10 +10,16 @@ from typing import Any
 from .errors import WrongCheckpointError
 
 MAX_JSON_BYTES = 128 * 2**20
+MAX_YAML_CHARACTERS = 2**20
+MAX_YAML_DEPTH = 32
 # The limit of safetensors itself.
 MAX_HEADER_BYTES = 100 * 2**20
 # Digits of a number, layers of a network, sides of a picture: whatever a file counts has fewer.
 MAX_DIGITS = 9
+MAX_QUOTED = 120
+# Systems allow 255 bytes a part; numbers and endings are added.
+MAX_NAME_BYTES = 200
+MAX_NAME_PARTS = 20
 # Names that mean a device on Windows, whatever ending they have.
 DEVICES = frozenset(
     {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -25,7 +31,11 @@ _short.maxlevel = 2
 
 def quote(value: Any) -> str:
     """A value for a message, shortened whatever it holds."""
-    return _short.repr(value)
+    try:
+        text = f'"{value}"' if isinstance(value, str) else _short.repr(value)
+    except ValueError:  # Python prints no number of more than some thousand digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 3]}..."
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -55,11 +65,30 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else None
 
 
-def is_inner_name(name: str) -> bool:
+def is_new_name(name: str) -> bool:
+    """Whether a relative name can be given to a new file on every system, with an ending added to it."""
+    try:
+        parts = [part.encode() for part in name.replace("\\", "/").split("/")]
+    except UnicodeEncodeError:
+        return False
+    return (
+        parts[-1] != b""
+        and not parts[-1].startswith(b".")
+        and is_inner_name(name)
+        and name.isprintable()
+        and not set(name) & set('*?"<>|')
+        and max(map(len, parts)) <= MAX_NAME_BYTES
+        and len(parts) <= MAX_NAME_PARTS
+    )
+
+
+def is_inner_name(name: object) -> bool:
     """Whether a relative name stays in the folder it is looked up in, on every system.
 
-    No drive, root or network share, no "..", no device of Windows, nothing that Windows would read as another name.
+    No text at all is no name either. No drive, root or network share, no "..", no device of Windows, nothing that Windows would read as another name.
     """
+    if not isinstance(name, str):
+        return False
     path = PureWindowsPath(name)  # knows both slashes
     return (
         bool(path.parts)
@@ -99,3 +128,43 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WrongCheckpointError(f'"{path}" holds no JSON object.\nDelete it and download it again.')
     return value
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text of plain values.
+
+    Raises:
+        ValueError: it is no YAML, too long, nested too deep, or refers to itself: a few lines can then stand for gigabytes.
+    """
+    import yaml
+
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ValueError(f"it is longer than {MAX_YAML_CHARACTERS:,} characters")
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it refers to another place in the text (*name), which is not read")
+            self.depth += 1
+            if self.depth > MAX_YAML_DEPTH:
+                raise ValueError("it is nested too deep")
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self.depth -= 1
+
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{place}{error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except (TypeError, AttributeError, LookupError, OverflowError) as error:
+        # What its own reading of dates, numbers and keys raises on nonsense.
+        raise ValueError(f"it holds a value that cannot be read: {error}") from error

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..blip3o_core.errors import BadInputError
+from ..blip3o_core.errors import BadInputError, check_range
 from .options import (
+    ANSWER_NAMES,
     add_answer_options,
     add_model_options,
     answer_options,
+    as_typed,
+    check_writable,
     command,
     open_picture,
     open_pipeline,
     picture_paths,
 )
+
+MOST_AT_ONCE = 1000
 
 
 def add_ask(commands: Any) -> None:
@@ -61,16 +64,18 @@ def run_ask(arguments: argparse.Namespace) -> None:
     together = arguments.together or not paths
     groups = [pictures] if together else [[picture] for picture in pictures]
     limits = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
-    if arguments.choices:
-        answers: list[Any] = [
-            pipeline.choose(arguments.question, arguments.choices, each, **limits) for each in groups
-        ]
-    elif arguments.yes_no:
-        answers = [{"yes": pipeline.ask_yes_no(arguments.question, each, **limits)} for each in groups]
-    else:
-        with _streaming(arguments, len(groups)) as on_text:
-            answers = pipeline.ask(arguments.question, groups, on_text=on_text, **options)
-        if on_text is not None:
+    with as_typed(ANSWER_NAMES):
+        if arguments.choices:
+            answers: list[Any] = [
+                pipeline.choose(arguments.question, arguments.choices, each, **limits) for each in groups
+            ]
+        elif arguments.yes_no:
+            answers = [{"yes": pipeline.ask_yes_no(arguments.question, each, **limits)} for each in groups]
+        elif len(groups) > 1 or arguments.json:
+            answers = pipeline.ask(arguments.question, groups, **options)
+        else:
+            with Streamed() as streamed:
+                pipeline.ask(arguments.question, groups, on_text=streamed, **options)
             return
     labels = [[str(path) for path in paths]] if together else [[str(path)] for path in paths]
     if arguments.json:
@@ -93,41 +98,57 @@ def run_caption(arguments: argparse.Namespace) -> None:
     from ..blip3o_core.checkpoints.save import write_text
 
     options = answer_options(arguments)
+    with as_typed(ANSWER_NAMES):
+        check_range("batch_size", arguments.batch_size, 1, MOST_AT_ONCE)
     paths = picture_paths(arguments.picture)
+    is_single = len(paths) == 1
     if arguments.write and not arguments.overwrite:
         paths = [path for path in paths if not Path(path).with_suffix(".txt").exists()]
+    for folder in {Path(path).parent for path in paths if arguments.write}:
+        check_writable(folder, "Copy the pictures into a folder of your own, or leave --write away.")
     pipeline = open_pipeline(arguments)
-    captions = {}
-    with tqdm(total=len(paths), unit="picture", disable=arguments.quiet or arguments.json) as bar:
-        for start in range(0, len(paths), arguments.batch_size):
-            batch = paths[start : start + arguments.batch_size]
-            written = pipeline.caption([open_picture(path) for path in batch], arguments.style, **options)
-            for path, caption in zip(batch, written, strict=True):
-                captions[path] = caption
-                if arguments.write:
-                    write_text(Path(path).with_suffix(".txt"), caption + "\n")
-            bar.update(len(batch))
-    if arguments.json:
-        print(json.dumps(captions, indent=2, ensure_ascii=False))
-    else:
-        for path, caption in captions.items():
-            print(caption if len(captions) == 1 else f"{path}: {caption}")
+    captions: dict[str, str] = {}
+    try:
+        with tqdm(total=len(paths), unit="picture", disable=arguments.quiet or arguments.json) as bar:
+            for start in range(0, len(paths), arguments.batch_size):
+                batch = paths[start : start + arguments.batch_size]
+                with as_typed(ANSWER_NAMES):
+                    written = pipeline.caption(
+                        [open_picture(path) for path in batch], arguments.style, **options
+                    )
+                for path, caption in zip(batch, written, strict=True):
+                    captions[path] = caption
+                    if arguments.write:
+                        write_text(Path(path).with_suffix(".txt"), caption + "\n")
+                    if not arguments.json:
+                        bar.write(caption if is_single else f"{path}: {caption}")
+                bar.update(len(batch))
+    finally:
+        if arguments.json:
+            print(json.dumps(captions, indent=2, ensure_ascii=False))
 
 
-@contextmanager
-def _streaming(arguments: argparse.Namespace, rows: int) -> Iterator[Callable[[int, str], None] | None]:
-    """Print a single answer while it is written; None when several answers or JSON are wanted."""
-    if rows != 1 or arguments.json:
-        yield None
-        return
-    shown = ""
+class Streamed:
+    """Prints an answer while it is written, and ends its line; on_text of Blip3oPipeline.ask and chat.
 
-    def on_text(_: int, text: str) -> None:
-        nonlocal shown
+    Attributes:
+        text: what is there so far.
+    """
+
+    def __init__(self, *, is_shown: bool = True) -> None:
+        self.text = ""
+        self._is_shown = is_shown
+
+    def __call__(self, _: int, text: str) -> None:
         # A character of several tokens decodes to a replacement sign until it is whole.
         if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+            if self._is_shown:
+                print(text[len(self.text) :], end="", flush=True)
+            self.text = text
 
-    yield on_text
-    print()
+    def __enter__(self) -> Streamed:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._is_shown and (self.text or kind is None):
+            print()

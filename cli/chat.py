@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..blip3o_core.errors import BadInputError, Blip3oError
+from .answer import Streamed
 from .options import (
+    ANSWER_NAMES,
     add_answer_options,
     add_model_options,
     answer_options,
+    as_typed,
     command,
     open_picture,
     open_pipeline,
@@ -32,6 +37,8 @@ HELP = """Write to the model. Lines that begin with / are for the program:
 /save FILE    write the chat as Markdown, or as JSON if the name ends in .json
 /help         this text
 /quit         end (or Ctrl-D); Ctrl-C stops an answer"""
+
+PROMPT = "> "
 
 
 @dataclass
@@ -77,17 +84,27 @@ class Chat:
         ]
 
     def save(self, path: Path) -> None:
-        """Write the chat as JSON or Markdown, by the ending of the name."""
+        """Write the chat as JSON or Markdown, by the ending of the name.
+
+        Raises:
+            BadInputError: it cannot be written there.
+        """
         from ..blip3o_core.checkpoints.save import write_text
 
-        if path.suffix.lower() == ".json":
-            write_text(path, json.dumps(self.record(), indent=2, ensure_ascii=False) + "\n")
-            return
         parts = []
         for said in self.record():
-            pictures = "".join(f"![]({name})\n\n" for name in said["pictures"])
+            # In angle brackets a name may hold spaces.
+            pictures = "".join(f"![](<{name}>)\n\n" for name in said["pictures"])
             parts.append(f"**{said['role']}**\n\n{pictures}{said['text']}\n")
-        write_text(path, "\n".join(parts))
+        text = "\n".join(parts)
+        if path.suffix.lower() == ".json":
+            text = json.dumps(self.record(), indent=2, ensure_ascii=False) + "\n"
+        try:
+            write_text(path, text)
+        except OSError as error:
+            raise BadInputError(
+                f'The chat cannot be written to "{path}" ({error.strerror}).\nName another file.'
+            ) from error
 
 
 def add_chat(commands: Any) -> None:
@@ -108,29 +125,50 @@ def run_chat(arguments: argparse.Namespace) -> None:
     is_terminal = sys.stdin.isatty()
     if is_terminal and not arguments.quiet and not arguments.json:
         print("/help tells what can be done, /quit ends.", file=sys.stderr)
-    for line in _lines("> " if is_terminal else ""):
-        try:
-            if line.startswith("/"):
-                if not _obey(line, chat):
-                    break
-            elif line:
-                _turn(line, chat, pipeline, options, is_streaming=not arguments.json)
-        except (Blip3oError, OSError) as error:
-            # In a terminal a mistake does not end a long talk; a script must not go on as if nothing had happened.
-            if not is_terminal or isinstance(error, BrokenPipeError):
-                raise
-            print(error, file=sys.stderr)
-    if arguments.json:
-        print(json.dumps(chat.record(), indent=2, ensure_ascii=False))
+    try:
+        for line in _typed_lines() if is_terminal else _script_lines():
+            try:
+                if line.startswith("/"):
+                    if not _obey(line, chat):
+                        break
+                elif line:
+                    _turn(line, chat, pipeline, options, is_shown=not arguments.json)
+            except Blip3oError as error:
+                # In a terminal a mistake does not end a long talk; a script must not go on as if nothing had happened.
+                if not is_terminal:
+                    raise
+                print(error, file=sys.stderr)
+    finally:
+        if arguments.json:
+            print(json.dumps(chat.record(), indent=2, ensure_ascii=False))
 
 
-def _lines(prompt: str) -> Iterator[str]:
-    """What is typed, or comes from a script, line by line, until its end."""
+def _typed_lines() -> Iterator[str]:
+    """What a person types, line by line, until Ctrl-D."""
+    try:
+        importlib.import_module("readline")  # arrow keys and earlier lines; Windows has them of its own
+    except ImportError:
+        pass
     while True:
         try:
-            yield input(prompt).strip()
+            if sys.stdout.isatty():
+                yield input(PROMPT).strip()
+            else:
+                # input() would write its prompt among what the chat hands over.
+                print(PROMPT, end="", file=sys.stderr, flush=True)
+                yield input().strip()
+        except KeyboardInterrupt:
+            print("  (/quit ends)", file=sys.stderr)
         except EOFError:
+            print(file=sys.stderr)
             return
+
+
+def _script_lines() -> Iterator[str]:
+    """What comes from a file or another program, line by line; UTF-8 whatever the terminal's encoding."""
+    for line in sys.stdin.buffer:
+        try:
+            yield line.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise BadInputError("The input is no UTF-8 text.\nSave it as UTF-8.") from error
 
@@ -138,14 +176,14 @@ def _lines(prompt: str) -> Iterator[str]:
 def _obey(line: str, chat: Chat) -> bool:
     """Do what a line for the program says; False = end."""
     word, _, rest = line.partition(" ")
-    rest = rest.strip()
-    if word in ("/image", "/save") and not rest:
+    path = _dropped_path(rest.strip())
+    if word in ("/image", "/save") and not path:
         raise BadInputError(f"{word} needs the name of a file.")
     if word == "/image":
-        chat.show(rest)
+        chat.show(path)
     elif word == "/save":
-        chat.save(Path(rest))
-        print(f"Wrote {rest}", file=sys.stderr)
+        chat.save(Path(path))
+        print(f"Wrote {path}", file=sys.stderr)
     elif word == "/reset":
         chat.turns.clear()
         chat.names.clear()
@@ -159,28 +197,27 @@ def _obey(line: str, chat: Chat) -> bool:
     return True
 
 
+def _dropped_path(text: str) -> str:
+    """A path as people write it or drop it into a line: perhaps in quotes, perhaps below ~."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1]
+    return os.path.expanduser(text)
+
+
 def _turn(
-    line: str, chat: Chat, pipeline: Blip3oPipeline, options: dict[str, Any], *, is_streaming: bool
+    line: str, chat: Chat, pipeline: Blip3oPipeline, options: dict[str, Any], *, is_shown: bool
 ) -> None:
+    """Ask a line and keep its answer; Ctrl-C keeps what there is of it, an error nothing."""
     chat.ask(line)
-    written = ""
-
-    def on_text(_: int, text: str) -> None:
-        nonlocal written
-        # A character of several tokens decodes to a replacement sign until it is whole.
-        if not text.endswith("\ufffd"):
-            if is_streaming:
-                print(text[len(written) :], end="", flush=True)
-            written = text
-
     try:
-        answer = pipeline.chat([chat.turns], on_text=on_text, **options)[0]
+        with Streamed(is_shown=is_shown) as written, as_typed(ANSWER_NAMES):
+            answer = pipeline.chat([chat.turns], on_text=written, **options)[0]
     except KeyboardInterrupt:
-        answer = written
+        answer = written.text
+        if not answer:
+            chat.take_back()
+            return
     except BaseException:
         chat.take_back()
         raise
-    finally:
-        if is_streaming:
-            print()
     chat.answer(answer)

@@ -6,7 +6,6 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 from ..blip3o_core.config import PICTURE_SUFFIXES
 from ..blip3o_core.errors import BadInputError, MissingFilesError
 from ..blip3o_core.units import format_bytes
+from ..blip3o_core.untrusted import is_inner_name, quote
 from .options import (
     add_drawing_options,
     add_model_options,
     as_typed,
+    check_writable,
     command,
     given,
     named,
     open_picture,
     open_pipeline,
     parse_size,
+    picture_file,
     read_lines,
 )
 
@@ -114,7 +116,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     from ..blip3o_core.drawing.request import DrawRequest
     from ..blip3o_core.picture_files import read_note
 
-    like = read_note(arguments.like) if arguments.like else {}
+    like = read_note(picture_file(arguments.like)) if arguments.like else {}
     if like and not like.get("prompt") and not arguments.prompt:
         raise BadInputError(
             f'"{arguments.like}" was drawn from another picture without a prompt.\n'
@@ -256,15 +258,17 @@ def _ready_pipeline(arguments: argparse.Namespace, request: DrawRequest) -> Blip
 def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: Mapping[str, Any]) -> None:
     """The LoRAs of the command line, else those of --like."""
     from ..blip3o_core.lora.files import split_strength
+    from ..blip3o_core.picture_files import loras_of_note
 
     if arguments.lora is not None:
         for text in arguments.lora:
             if text != "none":
                 pipeline.load_lora(*split_strength(text))
         return
-    for used in like.get("loras", []):
-        places = [Path(used["file"]), Path(arguments.like).parent / used["file"]]
-        path = next((place for place in places if place.exists()), None)
+    for used in loras_of_note(arguments.like, like) if like else ():
+        # A picture of a stranger must not make this computer look anywhere else, least of all on a share in the network.
+        folders = (Path("."), Path(arguments.like).parent) if is_inner_name(used["file"]) else ()
+        path = next((place for folder in folders if (place := folder / used["file"]).exists()), None)
         if path is None:
             raise MissingFilesError(
                 f'"{arguments.like}" was drawn with the LoRA "{used["file"]}", which is neither here nor beside it.\n'
@@ -285,7 +289,7 @@ def _other_checkpoint(pipeline: Blip3oPipeline, like: Mapping[str, Any]) -> str 
     if not wanted or wanted == checkpoint_fingerprint(pipeline.files):
         return None
     return (
-        f'the picture was made with checkpoint "{like["checkpoint"]}" ({wanted}), another than the loaded '
+        f"the picture was made with checkpoint {quote(like.get('checkpoint'))} ({str(wanted)[:16]}), another than the loaded "
         f'"{pipeline.files.name}". The new picture will differ.'
     )
 
@@ -307,7 +311,8 @@ def _missing_pictures(arguments: argparse.Namespace, like: Mapping[str, Any]) ->
         del missing["prompt"]
     if arguments.start_image:
         del missing["start"]
-    wanted = [missing[place] for place in like.get("made_from_pictures", []) if place in missing]
+    given_once = like.get("made_from_pictures")
+    wanted = [missing[place] for place in missing if isinstance(given_once, list) and place in given_once]
     if not wanted:
         return None
     return (
@@ -348,7 +353,7 @@ def _draw(arguments: argparse.Namespace, pipeline: Blip3oPipeline, request: Draw
     from ..blip3o_core.picture_files import describe_picture, save_png
 
     fingerprint = checkpoint_fingerprint(pipeline.files)
-    paths = iter(_target_paths(Path(arguments.out), request.total))
+    paths = _target_paths(Path(arguments.out), request.total)
     saved: list[dict[str, Any]] = []
     try:
         with _drawing_bars(arguments) as bars:
@@ -379,37 +384,33 @@ def _check_target(out: str, count: int) -> None:
             f'"{out}" is no PNG file; only PNG keeps prompt and seeds.\nName a .png file or a folder.'
         )
     folder = path.parent if path.suffix.lower() == ".png" else path
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise BadInputError(f'"{out}" cannot be written: "{there}" is a file.\nName another folder.')
-    try:
-        # Asking for permission is answered wrongly on some systems; trying is not.
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise BadInputError(
-            f'Nothing can be written into "{there}" ({error.strerror}).\nName another folder with --out.'
-        ) from error
+    check_writable(folder, "Name another folder with --out.")
 
 
 def _check_room(out: Path, request: DrawRequest, pipeline: Blip3oPipeline) -> None:
     """Raise BadInputError when the disk is too full for the pictures, each counted as if nothing could be compressed."""
     height, width = request.size(pipeline.files.decoder_config("unet"), pipeline.files.decoder_config("vae"))
     there = next(each for each in (out, *out.absolute().parents) if each.exists())
-    needed, free = 3 * height * width * request.total, shutil.disk_usage(there).free
-    if needed > free:
+    needed, disk = 3 * height * width * request.total, shutil.disk_usage(there)
+    # Some network drives tell no size at all.
+    if disk.total and needed > disk.free:
         raise BadInputError(
             f'{request.total} pictures of {width} x {height} pixels may need {format_bytes(needed)}, but "{there}" has '
-            f"{format_bytes(free)} free.\nMake room, name another folder with --out, or draw fewer (--count)."
+            f"{format_bytes(disk.free)} free.\nMake room, name another folder with --out, or draw fewer (--count)."
         )
 
 
-def _target_paths(out: Path, count: int) -> list[Path]:
+def _target_paths(out: Path, count: int) -> Iterator[Path]:
     """Names of new pictures; files that exist are never overwritten, except one named outright."""
     if out.suffix.lower() == ".png":
-        if count == 1:
-            return [out]
-        return [out.with_name(f"{out.stem}_{index:02d}.png") for index in range(count)]
+        several = (out.with_name(f"{out.stem}_{index:02d}.png") for index in range(count))
+        yield from [out] if count == 1 else several
+        return
     taken = [path.stem.removeprefix("blip3o_") for path in out.glob("blip3o_*.png")]
-    first = 1 + max((int(name) for name in taken if name.isdigit()), default=0)
-    return [out / f"blip3o_{first + index:05d}.png" for index in range(count)]
+    number = max((int(name) for name in taken if name.isdigit()), default=0)
+    for _ in range(count):
+        number += 1
+        # Another run may have drawn into the folder since the last picture.
+        while (path := out / f"blip3o_{number:05d}.png").exists():
+            number += 1
+        yield path

@@ -50,6 +50,9 @@ def add_download(commands: Any) -> None:
         help="generate = draw and answer; encode = also take pictures in as image features (default: generate)",
     )
     parser.add_argument("--revision", help="branch, tag or commit (default: main)")
+    parser.add_argument(
+        "--replace", action="store_true", help="put the files in place of another repository's in that folder"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only show what would be downloaded")
     parser.add_argument(
         "--no-verify", action="store_true", help="trust files that already have the right size"
@@ -145,6 +148,7 @@ def run_download(arguments: argparse.Namespace) -> None:
             use=arguments.use,
             revision=arguments.revision,
             on_check=on_check,
+            replace=arguments.replace,
         )
     print(plan)
     if not arguments.dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -28,6 +29,7 @@ EXIT_BROKEN_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 something is wrong, 2 a user can mend it, 130 interrupted, 141 cut off."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    _show_every_character()
     arguments = build_parser().parse_args(argv)
     if not getattr(arguments, "quiet", False):
         # What is left out of a checkpoint is worth a word, not a warning.
@@ -54,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _show_every_character() -> None:
+    """Let standard output take names that are no text as they came in, and any character that its encoding lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        is_utf_8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if is_utf_8 else "backslashreplace")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,9 @@ ANSWER_NAMES = {
     "top_k": "--top-k",
     "repetition_penalty": "--repetition-penalty",
     "seed": "--seed",
+    "min_pixels": "--min-pixels",
+    "max_pixels": "--max-pixels",
+    "batch_size": "--batch-size",
 }
 
 
@@ -191,13 +196,27 @@ def read_lines(source: str) -> list[str]:
             f"{name} cannot be read ({error.strerror}).\nName a text file with one prompt a line."
         ) from error
     try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+        # Not splitlines: it also splits at characters that belong into a prompt.
+        lines = [line.strip() for line in io.StringIO(content.decode("utf-8-sig"), newline=None)]
     except UnicodeDecodeError as error:
         raise BadInputError(f"{name} is no UTF-8 text.\nSave it as UTF-8.") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise BadInputError(f"{name} holds no prompt.\nWrite one a line.")
     return prompts
+
+
+def picture_file(text: str) -> Path:
+    """The path of a picture as it was typed.
+
+    Raises:
+        BadInputError: it is the address of one.
+    """
+    if "://" in text:
+        raise BadInputError(
+            f'"{text}" is an address, not a file.\nDownload the picture first, then name its file.'
+        )
+    return Path(text)
 
 
 def open_picture(text: str) -> Image.Image:
@@ -208,11 +227,24 @@ def open_picture(text: str) -> Image.Image:
     """
     from ..blip3o_core.images import load_image
 
-    if "://" in text:
-        raise BadInputError(
-            f'"{text}" is an address, not a file.\nDownload the picture first, then name its file.'
-        )
-    return load_image(Path(text))
+    return load_image(picture_file(text))
+
+
+def check_writable(folder: Path, advice: str) -> None:
+    """Raise BadInputError unless files can be written into a folder, or into the nearest one above it that is there.
+
+    Args:
+        advice: what to do instead.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise BadInputError(f'"{folder}" cannot be written: "{there}" is a file.\nName another folder.')
+    try:
+        # Asking for permission is answered wrongly on some systems; trying is not.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise BadInputError(f'Nothing can be written into "{there}" ({error.strerror}).\n{advice}') from error
 
 
 def built_in_model() -> Path:

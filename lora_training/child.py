@@ -10,10 +10,12 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +29,10 @@ STOP = "stop"
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "comfyui_blip3o"
 KEPT_LINES = 40
+# As a shell counts a process that was killed.
+EXIT_KILLED = 137
+# How long a child may take to end: after it was left, after it was killed, and after its parent has died.
+LEFT_SECONDS, KILLED_SECONDS, ORPHAN_SECONDS = 120, 10, 60
 
 
 class TrainingProcess:
@@ -54,6 +60,7 @@ class TrainingProcess:
         self._done: dict[str, Any] | None = None
         self._error: dict[str, Any] | None = None
         self._said: list[str] = []
+        self._is_killed = False
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, encoding="utf-8", errors="replace",
@@ -68,7 +75,12 @@ class TrainingProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        self.wait()
+        impatience = threading.Timer(LEFT_SECONDS, self.kill)
+        impatience.start()
+        try:
+            self.wait()
+        finally:
+            impatience.cancel()
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The run's events as they happen; the last is "done" or "error", unless the process was killed."""
@@ -96,13 +108,21 @@ class TrainingProcess:
 
     def kill(self) -> None:
         """End it at once; the newest saved state stays."""
+        self._is_killed = True
         self._process.kill()
 
     def wait(self) -> int:
         """Read what is left of its events and give its exit code, see run.exit_code."""
-        for _ in self.events():
-            pass
-        code = self._process.wait()
+        if self._is_killed:
+            try:
+                code = self._process.wait(timeout=KILLED_SECONDS)
+            except subprocess.TimeoutExpired:
+                # It hangs inside the system, on a disk that is gone: nobody can end it, and nobody waits for it.
+                return EXIT_KILLED
+        else:
+            for _ in self.events():
+                pass
+            code = self._process.wait()
         self._listener.join(timeout=5)
         if self._process.stdin is not None and not self._process.stdin.closed:
             self._process.stdin.close()
@@ -192,11 +212,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wait_for_stop(is_stopped: threading.Event) -> None:
-    """A line "stop", or the end of standard input because the parent has died."""
+    """A line "stop", or the end of standard input because the parent has died: then nobody else can end a stuck training."""
     for line in sys.stdin:
         if line.strip() == STOP:
-            break
+            is_stopped.set()
+            return
     is_stopped.set()
+    time.sleep(ORPHAN_SECONDS)
+    os._exit(EXIT_KILLED)
 
 
 def _load_package() -> Any:

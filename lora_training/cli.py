@@ -14,11 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..blip3o_core.config import BUILT_IN_MODEL
 from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
 from ..blip3o_core.units import format_bytes
+from ..blip3o_core.untrusted import parse_yaml
 from .config import PRESET_FOLDER, LoraConfig, parse_config, read_config, to_tree
 
 EXIT_BAD = 2
@@ -251,7 +250,7 @@ def run_new(arguments: argparse.Namespace) -> None:
         class_word=quoted(arguments.class_word),
         prompts=quoted(prompts),
     )
-    parse_config(yaml.safe_load(text))
+    parse_config(parse_yaml(text))
     from ..blip3o_core.checkpoints.save import write_text
 
     write_text(path, text)
@@ -419,7 +418,10 @@ def _combinations(grid: Sequence[str]) -> Iterator[list[str]]:
     axes = []
     for entry in grid:
         name, sign, text = entry.partition("=")
-        values = yaml.safe_load(f"[{text}]") if sign else None
+        try:
+            values = parse_yaml(f"[{text}]") if sign else None
+        except ValueError:
+            values = None
         if not values:
             raise BadInputError(
                 f'"{entry}" names no values.\nWrite it as SETTING=A,B, e.g. adapter.rank=8,32.'

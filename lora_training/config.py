@@ -13,6 +13,7 @@ import yaml
 
 from ..blip3o_core.config import BUILT_IN_MODEL
 from ..blip3o_core.errors import BadInputError, MissingFilesError
+from ..blip3o_core.untrusted import is_new_name, parse_yaml, quote
 
 SCHEMA = 1
 PRESET_FOLDER = Path(__file__).parent / "configs"
@@ -375,10 +376,10 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> LoraConfig:
             f'There is no configuration file "{path}".\nMake one with: blip3o lora new NAME --data FOLDER'
         )
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = parse_yaml(path.read_text("utf-8"))
+    except ValueError as error:
         raise BadInputError(
-            f'"{path}" is not valid YAML: {error}.\nCorrect that line; indentation counts.'
+            f'"{path}" cannot be read as YAML: {error}.\nCorrect that line; indentation counts.'
         ) from error
     if not isinstance(tree, dict):
         raise BadInputError(f'"{path}" holds no settings.\nMake one with: blip3o lora new NAME --data FOLDER')
@@ -400,7 +401,8 @@ def parse_config(
     for override in overrides:
         _override(tree, override)
     _check_schema(tree)
-    preset = (tree.get("run") or {}).get("preset", RunConfig.preset)
+    run = tree.get("run")
+    preset = run.get("preset", RunConfig.preset) if isinstance(run, dict) else RunConfig.preset
     config = _build(LoraConfig, _merge(read_preset(preset), tree), "")
     return config if base is None else _resolve_paths(config, base)
 
@@ -413,7 +415,7 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     names = preset_names()
     if name not in names:
-        raise BadInputError(f'There is no preset "{name}"{_nearest(str(name), names)}')
+        raise BadInputError(f"There is no preset {quote(name)}{_nearest(str(name), names)}")
     return yaml.safe_load((PRESET_FOLDER / f"{name}.yaml").read_text("utf-8")) or {}
 
 
@@ -445,7 +447,7 @@ def to_yaml(config: LoraConfig) -> str:
 
 def _build(kind: type, tree: Any, where: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise BadInputError(f'"{where}" must be a section with settings of its own, not {tree!r}.')
+        raise BadInputError(f'"{where}" must be a section with settings of its own, not {quote(tree)}.')
     types_of = get_type_hints(kind)
     known = [item.name for item in fields(kind)]
     values = {}
@@ -496,10 +498,13 @@ def _value(kind: Any, value: Any, name: str) -> Any:
             except ValueError:
                 pass
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            try:
+                return float(value)
+            except OverflowError:
+                pass
+    elif origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise BadInputError(f'The setting "{name}" is {value!r}; it must be {_describe(kind)}.')
+    raise BadInputError(f'The setting "{name}" is {quote(value)}; it must be {_describe(kind)}.')
 
 
 def _describe(kind: Any) -> str:
@@ -571,14 +576,12 @@ def _check_ranges(config: LoraConfig) -> None:
         check[f"validate.sigmas[{place}]"] = (sigma, 0.001, 1)
     for name, (value, low, high) in check.items():
         if not low <= value <= high:
-            raise BadInputError(f"The setting {name} is {value}; it must lie between {low} and {high}.")
-    if (
-        not config.run.name
-        or any(sign in config.run.name for sign in '/\\:*?"<>|')
-        or config.run.name[0] == "."
-    ):
+            raise BadInputError(
+                f"The setting {name} is {quote(value)}; it must lie between {low} and {high}."
+            )
+    if set(config.run.name) & set("/\\") or not is_new_name(config.run.name):
         raise BadInputError(
-            f'"{config.run.name}" cannot be the name of a run: it names a folder and a file.\nUse letters, digits, "-" and "_".'
+            f'{quote(config.run.name)} cannot be the name of a run: it names a folder and a file.\nUse letters, digits, "-" and "_".'
         )
     if train.prior.dop is True and not (data.trigger and data.class_word):
         raise BadInputError(
@@ -595,7 +598,7 @@ def _check_schema(tree: Mapping[str, Any]) -> None:
     schema = tree.get("schema", SCHEMA)
     if schema != SCHEMA:
         raise BadInputError(
-            f"This configuration has schema {schema}, but this program reads schema {SCHEMA}.\n"
+            f"This configuration has schema {quote(schema)}, but this program reads schema {SCHEMA}.\n"
             "Update ComfyUI-BLIP3o, or make the configuration anew with: blip3o lora new"
         )
 
@@ -604,14 +607,19 @@ def _override(tree: dict[str, Any], override: str) -> None:
     name, sign, text = override.partition("=")
     if not sign or not name:
         raise BadInputError(
-            f'"{override}" sets nothing.\nWrite it as section.key=value, e.g. train.steps=300.'
+            f"{quote(override)} sets nothing.\nWrite it as section.key=value, e.g. train.steps=300."
         )
     *sections, key = name.strip().split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise BadInputError(f'"{section}" in "{override}" has no settings of its own.')
-    tree[key] = yaml.safe_load(text)
+            raise BadInputError(f'"{section}" in {quote(override)} has no settings of its own.')
+    try:
+        tree[key] = parse_yaml(text)
+    except ValueError as error:
+        raise BadInputError(
+            f'The value of "{name.strip()}" cannot be read: {error}.\nWrite it as section.key=value, e.g. train.steps=300.'
+        ) from error
 
 
 def _merge(below: Any, above: Any) -> Any:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,6 +30,7 @@ from ..blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError, 
 from ..blip3o_core.images import to_rgb
 from ..blip3o_core.picture_files import FORMAT_VERSION, save_png
 from ..blip3o_core.pipeline import PUBLISHED_NEGATIVE_PROMPT, Blip3oPipeline
+from ..blip3o_core.untrusted import parse_object, parse_yaml
 from .check import Report, check
 from .config import LoraConfig, to_tree, to_yaml
 from .data.cache import CACHE_NAME, cache_conditioning, cache_features, cache_keys, load_data, open_pipeline
@@ -273,7 +273,10 @@ class _Run:
         known = self.folder / CONFIG_NAME
         if not known.is_file() or load_result(self.folder) is None:
             return
-        before = yaml.safe_load(known.read_text("utf-8"))
+        try:
+            before = parse_yaml(known.read_text("utf-8"))
+        except ValueError as error:
+            raise self._damaged(known, error) from error
         changed = [
             name for name in _differences(before, to_tree(self.config)) if not name.startswith(CHANGEABLE)
         ]
@@ -283,10 +286,19 @@ class _Run:
                 "Choose another run.name, set them back, or begin anew with --fresh."
             )
 
+    def _damaged(self, path: Path, error: ValueError) -> BadInputError:
+        return BadInputError(
+            f'"{path}" is damaged ({error}), so nobody can tell whether this run may go on.\n'
+            "Choose another run.name, or begin again with --fresh."
+        )
+
     def _compare_data(self, data: TrainingData) -> None:
         path = self.folder / DATA_NAME
         if path.is_file() and load_result(self.folder) is not None:
-            before = json.loads(path.read_text("utf-8"))
+            try:
+                before = parse_object(path.read_bytes())
+            except ValueError as error:
+                raise self._damaged(path, error) from error
             changed = [name for name, value in data.fingerprint.items() if before.get(name) != value]
             if changed:
                 raise BadInputError(

@@ -75,16 +75,15 @@ class Download(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, use: str, action: str, repository: str = "") -> io.NodeOutput:
-        from ..blip3o_core.hub.download import plan_download, run_download
+        from ..blip3o_core.hub.download import plan_download, resolve_repo, run_download
 
         repo = repository.strip() if model == OTHER else MODELS[model]
         if not repo:
             raise BadInputError(
                 "No repository is named.\nWrite owner/name into repository, or choose a model from the list."
             )
-        name = repo.rsplit("/", 1)[-1] if model == OTHER else model
-        if name in ("", ".", "..") or "\\" in name:
-            raise BadInputError(f'"{repo}" is no repository name.\nWrite it as owner/name.')
+        # Both parts of the name, so that a stranger's repository never lands where another one's files lie.
+        name = resolve_repo(repo).replace("/", "--") if model == OTHER else model
         folder = Path(folder_paths.get_folder_paths(host.MODEL_FOLDER)[0]) / name
         report = DownloadProgress(cls.hidden.unique_id)
         plan = plan_download(repo, folder, use=USES[use], on_check=report.check)

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -139,6 +139,7 @@ def test_other_arguments_go_to_pytest_of_the_chosen_environment(
     dev: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], folder: str, has_ruff: bool
 ) -> None:
     commands, installed = [], []
+    monkeypatch.setattr(dev, "sys", SimpleNamespace(version_info=(3, 11)))
     monkeypatch.setattr(dev, "install", lambda environment, extra: installed.append((environment, extra)))
     monkeypatch.setattr(
         dev, "run", lambda command, **where: commands.append([str(part) for part in command]) or 0
@@ -181,3 +182,12 @@ def test_types_of_every_package_are_checked(
         assert f"{path.parent.name}{os.sep}__init__.py:1" in found
         path.write_text("COUNT: int = 3\n", "utf-8")
     assert dev.check_types(environment) == 0
+
+
+def test_the_oldest_versions_are_not_tried_where_they_have_no_builds(
+    dev: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dev, "install", lambda environment, extra: pytest.fail("installed"))
+    monkeypatch.setattr(dev, "sys", SimpleNamespace(version_info=(3, 12, 1), stderr=sys.stderr))
+    assert dev.main(["test", "--oldest"]) == 2
+    assert "use 3.10 or 3.11" in capsys.readouterr().err

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..config import EvaClipConfig, NextDiTConfig
 from ..errors import WrongCheckpointError
-from ..untrusted import whole_number
+from ..untrusted import quote, whole_number
 from .safetensor_files import TensorInfo
 
 DEFAULT_POOL = 4
+MOST_CHANNELS = 100_000
 
 
 def infer_nextdit(tensors: dict[str, TensorInfo], name: str) -> NextDiTConfig:
@@ -66,8 +69,15 @@ def infer_eva_clip(tensors: dict[str, TensorInfo], config: dict[str, Any], name:
     patch_size = shape("patch_embed.proj.weight", 4)[-1]
     side = round((shape("pos_embed", 3)[1] - 1) ** 0.5)
     pooling = str(config.get("gen_pooling", ""))
-    pool = int(pooling.rsplit("_", 1)[-1]) if pooling.rsplit("_", 1)[-1].isdigit() else DEFAULT_POOL
-    head_width = (config.get("gen_vision_config") or {}).get("head_width", EvaClipConfig.head_width)
+    pool = whole_number(pooling.rsplit("_", 1)[-1]) or DEFAULT_POOL
+    described = config.get("gen_vision_config")
+    described = described if isinstance(described, dict) else {}
+    head_width = described.get("head_width", EvaClipConfig.head_width)
+    if isinstance(head_width, bool) or not isinstance(head_width, int) or head_width < 1:
+        raise WrongCheckpointError(
+            f'config.json of checkpoint "{name}" gives {quote(head_width)} as head_width of gen_vision_config.\n'
+            "Download config.json again."
+        )
     try:
         return EvaClipConfig(
             width=width,
@@ -83,6 +93,72 @@ def infer_eva_clip(tensors: dict[str, TensorInfo], config: dict[str, Any], name:
             f'The image encoder of checkpoint "{name}" has sizes that do not fit together: {error}.\n'
             "For a tower other than EVA-CLIP-E/14+, config.json needs gen_vision_config with its head_width."
         ) from error
+
+
+def check_backbone_sizes(tensors: dict[str, TensorInfo], config: dict[str, Any], name: str) -> None:
+    """Hold config.json against the tensors before anything of its sizes is built.
+
+    Raises:
+        WrongCheckpointError: a size that the tensors tell is another one in config.json, or a section is not there.
+    """
+    shape = Shapes(tensors, name, "language model")
+    nested = config.get("text_config")
+    sections: dict[str, Any] = {
+        "text": nested if nested is not None else config,
+        "vision": config.get("vision_config"),
+    }
+    for section, its in sections.items():
+        if not isinstance(its, dict):
+            raise WrongCheckpointError(
+                f'config.json of checkpoint "{name}" has no section "{section}_config" of settings (it is {quote(its)}).\n'
+                "Download config.json again."
+            )
+    width = shape("text.embed_tokens.weight", 2)[1]
+    patch = shape("visual.patch_embed.proj.weight", 5)
+    told = {
+        ("text", "hidden_size"): width,
+        ("text", "num_hidden_layers"): _count(tensors, "text.layers."),
+        ("text", "intermediate_size"): shape("text.layers.0.mlp.gate_proj.weight", 2)[0],
+        ("vision", "hidden_size"): patch[0],
+        ("vision", "depth"): _count(tensors, "visual.blocks."),
+        ("vision", "intermediate_size"): shape("visual.blocks.0.mlp.gate_proj.weight", 2)[0],
+        ("vision", "patch_size"): patch[-1],
+        ("vision", "out_hidden_size"): width,
+    }
+    for (section, field), expected in told.items():
+        found = sections[section].get(field)
+        if found is not None and (isinstance(found, bool) or found != expected):
+            raise WrongCheckpointError(
+                f'config.json of checkpoint "{name}" says that {field} of its {section} model is {quote(found)}, but its weights '
+                f"have {expected}.\nDownload config.json again: it belongs to another model."
+            )
+
+
+def check_decoder_sizes(config: dict[str, Any], tensors: int, path: Path) -> None:
+    """Refuse sizes of a UNet or VAE that no decoder has, before anything of them is built.
+
+    Args:
+        tensors: that its files hold: it has no more layers than that.
+
+    Raises:
+        WrongCheckpointError: a size is above what the files can hold.
+    """
+    for field, value in config.items():
+        most = tensors if "layers" in field else MOST_CHANNELS
+        for number in _numbers(value):
+            if not -MOST_CHANNELS <= number <= most:
+                raise WrongCheckpointError(
+                    f'"{field}" in "{path.parent.name}/{path.name}" of "{path.parent.parent}" is {quote(value)}, more than any '
+                    "decoder has.\nDownload that file again."
+                )
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
 
 
 def _count(tensors: dict[str, TensorInfo], prefix: str) -> int:

@@ -6,17 +6,21 @@ Loading, `info`, checks and plans all ask here, so that none of them calls fine 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import WrongCheckpointError
+from ..drawing.decoding import PIXEL_SAMPLERS
+from ..errors import Blip3oError, WrongCheckpointError
 from ..units import format_bytes
-from .infer import Shapes, infer_eva_clip, infer_nextdit
+from ..untrusted import quote
+from .infer import Shapes, check_backbone_sizes, check_decoder_sizes, infer_eva_clip, infer_nextdit
 from .keys import inner_key
 from .layout import CheckpointFiles, LeftOut, beginning, group_left_out, unneeded_error
 from .pickles import read_pickle
@@ -158,8 +162,9 @@ def _match_backbone(files: CheckpointFiles, ops: Any) -> Match:
     is_tied = HEAD not in tensors
     if is_tied:
         _require_tied_head(files)
+    check_backbone_sizes(tensors, files.config, files.name)
     # Buffers stay real: rotary tables made on the meta device would be garbage.
-    with init_empty_weights(include_buffers=False):
+    with _built_from(files.folder / "config.json"), init_empty_weights(include_buffers=False):
         network = Backbone(files.config, vocab_size=vocab_size, queries=queries, tie_head=is_tied)
     return _match(files, "backbone", network, tensors, is_head_tied=is_tied)
 
@@ -184,9 +189,33 @@ def _match_decoder(files: CheckpointFiles, ops: Any) -> Match:
     from ..models.decoder import Decoder
 
     unet, vae, scheduler = (files.decoder_config(part) for part in ("unet", "vae", "scheduler"))
-    with torch.device("meta"):
+    tensors = files.component_tensors("decoder")
+    for part, config in (("unet", unet), ("vae", vae)):
+        check_decoder_sizes(config, len(tensors), files.decoder_folder / part / "config.json")
+    with _built_from(files.decoder_folder / "*" / "config.json"), torch.device("meta"):
         network = Decoder(unet, vae, scheduler)
-    return _match(files, "decoder", network, files.component_tensors("decoder"))
+    with _built_from(files.decoder_folder / "scheduler" / "scheduler_config.json"):
+        for sampler in PIXEL_SAMPLERS:
+            network.scheduler(sampler).set_timesteps(2)
+    return _match(files, "decoder", network, tensors)
+
+
+@contextmanager
+def _built_from(path: Path) -> Iterator[None]:
+    """Name the file whose values a library or a network of ours could not be built with.
+
+    Wraps constructors alone, each of which reports what it cannot use by an error class of its own.
+    """
+    try:
+        yield
+    except Blip3oError:
+        raise
+    except Exception as error:
+        reason = quote(str(error).strip().splitlines()[-1:] or type(error).__name__)
+        raise WrongCheckpointError(
+            f'A network cannot be built from "{path.parent.name}/{path.name}" in "{path.parent.parent}": a value in it is missing or '
+            f"impossible.\nDownload that file again. ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _match(

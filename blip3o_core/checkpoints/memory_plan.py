@@ -299,13 +299,15 @@ def painting_bytes(
     *,
     is_tiled: bool,
     number_bytes: int = HALF,
+    pictures: int = 1,
 ) -> int:
-    """What the decoder needs beside its weights to paint one picture with guidance.
+    """What the decoder needs beside its weights to paint pictures with guidance.
 
     Args:
         unet, vae: configurations of the decoder's networks.
         size: (height, width) in pixels.
         number_bytes: of a number in the networks' arithmetic.
+        pictures: in one call of the UNet; the VAE paints them one by one.
     """
     height, width = size
     levels = vae["block_out_channels"]
@@ -313,7 +315,8 @@ def painting_bytes(
     tile = TILE_SIDE if is_tiled else max(size)
     # Its last level reads the channels of the one below at full size.
     pixels = VAE_TENSORS * min(height, tile) * min(width, tile) * levels[min(1, len(levels) - 1)]
-    latents = 2 * UNET_TENSORS * (height // scale) * (width // scale) * unet["block_out_channels"][0]
+    cells = pictures * (height // scale) * (width // scale)
+    latents = 2 * UNET_TENSORS * cells * unet["block_out_channels"][0]
     return max(pixels, latents) * number_bytes
 
 

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from ..errors import WrongCheckpointError
+from ..untrusted import quote
 from .safetensor_files import refuse_lfs_pointer
 
 # Before it, weights_only did not keep a pickle from running code (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
 # Keys under which trainers put the state_dict when they save more than that.
 NESTS = ("state_dict", "model", "module")
+# Tables of positions are saved with rows that repeat the same bytes; above this a few bytes pretend to be weights.
+MAX_REPEATED_BYTES = 64 * 2**20
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -39,7 +42,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             f'"{path.name}" in "{path.parent}" holds Python code besides tensors and was not opened.\n'
             "Do not use this file. Download pytorch_model.bin of jiuhai/eva_clip_vision_tower again, or a safetensors file."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+    except Exception as error:  # a damaged pickle may end in anything, even inside weights_only
         raise WrongCheckpointError(
             f'"{path.name}" in "{path.parent}" cannot be read: it is cut short or no PyTorch file '
             f"({path.stat().st_size:,} bytes).\nDelete it and download it again. ({error})"
@@ -52,11 +55,22 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             break
         content = nested
     items = content.items() if isinstance(content, dict) else ()
-    tensors = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {
+        key: value
+        for key, value in items
+        if isinstance(key, str) and isinstance(value, Tensor) and _has_plain_values(value)
+    }
     if not tensors:
         raise WrongCheckpointError(
             f'"{path.name}" in "{path.parent}" is not a table of tensors.\nUse the published file.'
         )
+    for key, tensor in tensors.items():
+        stored = tensor.untyped_storage().nbytes()
+        if stored < tensor.nbytes > MAX_REPEATED_BYTES:
+            raise WrongCheckpointError(
+                f'"{path.name}" in "{path.parent}" cannot be used: its tensor {quote(key)} would take {tensor.nbytes:,} '
+                f"bytes, but the file holds only {stored:,} of them.\nUse the published file."
+            )
     return tensors
 
 
@@ -70,3 +84,7 @@ def refuse_unsafe_torch(path: Path) -> None:
             "Update PyTorch to 2.6 or newer, or use a safetensors file; "
             f'"blip3o convert {path.name} {path.stem}.safetensors" on another machine makes one.'
         )
+
+
+def _has_plain_values(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import BadInputError, check_choice, check_range
-from ..language.prompts import check_text
+from ..language.prompts import check_text, place_images
 from ..seeds import MAX_SEED, item_seeds
+from ..untrusted import quote
 from .decoding import PixelSettings, picture_size
 from .presets import PRESETS
 from .sampling import FeatureSettings
@@ -19,6 +20,17 @@ from .sampling import FeatureSettings
 # Published code steers the decoder away from features drawn for a bare space, without the chat template.
 PUBLISHED_NEGATIVE_PROMPT = " "
 MOST_PICTURES = 10_000
+# What a picture's note holds beside the settings of the stages, and the types it may have.
+NOTE_FIELDS: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "seed": (int,),
+    "pixel_seed": (int,),
+    "preset": (str,),
+    "negative_prompt": (str, type(None)),
+    "pixel_negative": (str, type(None)),
+    "pixel_negative_seed": (int,),
+    "strength": (int, float),
+}
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,13 @@ class DrawRequest:
         is_empty = [
             not prompt.strip() and not pictures for prompt, pictures in zip(self.prompts, shown, strict=True)
         ]
-        for text in (*self.prompts, self.negative_prompt or "", self.pixel_negative or ""):
+        negatives = (self.negative_prompt or "", self.pixel_negative or "")
+        for text, pictures in (
+            *zip(self.prompts, shown, strict=True),
+            *((text, ()) for text in negatives),
+        ):
             check_text(text)
+            place_images(text, len(pictures))
         if not self.prompts or (self.samples and any(is_empty)):
             raise BadInputError("The prompt is empty.\nWrite what the picture should show.")
         for name in ("features", "pixels"):
@@ -173,23 +190,14 @@ class DrawRequest:
         Raises:
             BadInputError: the note holds something that cannot be a setting.
         """
-        options = {
-            name: note[name]
-            for name in (
-                *(
-                    "seed",
-                    "pixel_seed",
-                    "preset",
-                    "negative_prompt",
-                    "pixel_negative",
-                    "pixel_negative_seed",
-                    "strength",
-                ),
-            )
-            if name in note
-        }
-        if note.get("prompt"):
-            options["prompts"] = (note["prompt"],)
+        options: dict[str, Any] = {}
+        for name, kinds in NOTE_FIELDS.items():
+            if name in note:
+                if isinstance(note[name], bool) or not isinstance(note[name], kinds):
+                    raise BadInputError(f'Its "{name}" is {quote(note[name])}.')
+                options[name] = note[name]
+        if prompt := options.pop("prompt", ""):
+            options["prompts"] = (prompt,)
         for name, kind in (("features", FeatureSettings), ("pixels", PixelSettings)):
             if name in note:
                 options[name] = _settings(kind, note[name])
@@ -197,14 +205,34 @@ class DrawRequest:
 
 
 def _settings(kind: Any, values: Any) -> Any:
-    known = {item.name for item in fields(kind)}
-    try:
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise BadInputError(f'It names the setting "{unknown[0]}", which this version does not know.')
-        interval = values.get("guidance_interval", (0.0, 1.0))
-        return kind(**{**values, "guidance_interval": (float(interval[0]), float(interval[1]))})
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
-        if isinstance(error, BadInputError):
-            raise
-        raise BadInputError(f"Its settings cannot be read ({error}).") from error
+    """Settings of a stage from a note, whose values may be anything."""
+    if not isinstance(values, dict):
+        raise BadInputError(f"Its settings are {quote(values)}.")
+    made = {}
+    for item in fields(kind):
+        if item.name not in values:
+            continue
+        value = values[item.name]
+        if item.name == "guidance_interval":
+            if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)):
+                raise BadInputError(f'Its "{item.name}" is {quote(value)}.')
+            value = (float(value[0]), float(value[1]))
+        elif not _is_like(value, item.default):
+            raise BadInputError(f'Its "{item.name}" is {quote(value)}.')
+        made[item.name] = value
+    if unknown := sorted(map(str, values.keys() - made.keys())):
+        raise BadInputError(f"It names the setting {quote(unknown[0])}, which this version does not know.")
+    return kind(**made)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind that a setting has; None is the default of whole numbers that may be absent."""
+    if default is None:
+        return value is None or (isinstance(value, int) and not isinstance(value, bool))
+    if isinstance(default, float):
+        return _is_number(value)
+    return type(value) is type(default)

@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from ..errors import BadInputError, Blip3oError, MissingFilesError
+from ..untrusted import quote
 
 logger = logging.getLogger(__name__)
 
@@ -163,17 +164,23 @@ class Hub:
             info = HfApi(endpoint=self.endpoint).model_info(
                 repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-            raise MissingFilesError(
-                f'"{self.endpoint}" does not answer like a model hub.\n'
-                f"Check HF_ENDPOINT, and whether a proxy or a login page of your network is in between. ({error})"
-            ) from error
+        except (
+            json.JSONDecodeError
+        ) as error:  # first: in one version of the library it is a network error too
+            raise self._no_hub(error) from error
         except NETWORK_ERRORS as error:
             raise self._explain(error, repo, revision) from error
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            # The library reads dates and lists out of the answer without asking what they are.
+            raise self._no_hub(error) from error
         commit = info.sha or revision or constants.DEFAULT_REVISION
+        if not isinstance(commit, str):
+            raise self._no_hub(f"its version is {quote(commit)}")
         files = {}
         for entry in info.siblings or ():
             size = entry.lfs.size if entry.lfs else entry.size
+            if not isinstance(entry.rfilename, str) or not (size is None or _is_size(size)):
+                raise self._no_hub(f"it lists {quote(entry.rfilename)} with the size {quote(size)}")
             files[entry.rfilename] = RemoteFile(
                 repo,
                 commit,
@@ -183,6 +190,12 @@ class Hub:
                 None if entry.lfs else _valid(GIT_SHA1, entry.blob_id),
             )
         return Listing(repo, files)
+
+    def _no_hub(self, reason: object) -> MissingFilesError:
+        return MissingFilesError(
+            f'"{self.endpoint}" does not answer like a model hub.\n'
+            f"Check HF_ENDPOINT, and whether a proxy or a login page of your network is in between. ({reason})"
+        )
 
     def complete(self, file: RemoteFile) -> RemoteFile:
         """The file with size and checksum; a mirror that does not list them states them per file."""
@@ -325,8 +338,12 @@ def _open_stream(url: str, headers: dict[str, str]) -> Iterator[tuple[int, Itera
         yield response.status_code, response.iter_bytes()
 
 
-def _valid(pattern: re.Pattern[str], checksum: str | None) -> str | None:
-    return checksum if checksum and pattern.fullmatch(checksum) else None
+def _valid(pattern: re.Pattern[str], checksum: object) -> str | None:
+    return checksum if isinstance(checksum, str) and pattern.fullmatch(checksum) else None
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size >= 0
 
 
 def _status(error: Exception) -> int | None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +20,9 @@ from typing import Any, BinaryIO
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
-from ..errors import BadInputError, Blip3oError, MissingFilesError
+from ..errors import BadInputError, Blip3oError, MissingFilesError, WrongCheckpointError
 from ..units import format_bytes
+from ..untrusted import parse_object, quote
 from .client import ConnectionTrouble, Hub, RemoteFile
 from .needed_files import (
     ALIASES,
@@ -52,6 +54,9 @@ ProgressCallback = Callable[[str, int, int], None]
 DISK_MARGIN_BYTES = 64 * 2**20
 LOCK_NAME = ".blip3o-download.lock"
 LOCK_SECONDS = 0.2
+# What a folder remembers of where its files come from.
+ORIGIN_NAME = ".blip3o-origin.json"
+WEIGHT_ENDINGS = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ def plan_download(
     revision: str | None = None,
     endpoint: str | None = None,
     on_check: ProgressCallback | None = None,
+    replace: bool = False,
 ) -> DownloadPlan:
     """Ask the hub which files a checkpoint needs, how large they are and which of them are already in the folder.
 
@@ -173,6 +179,7 @@ def plan_download(
         revision: branch, tag or commit; None = the newest.
         endpoint: address of the hub or a mirror; None = HF_ENDPOINT, else the public hub.
         on_check: called as on_check(file, bytes_read, size) while files that are already there are checksummed.
+        replace: put the files in place of another repository's, which the folder holds.
 
     Raises:
         BadInputError: repo, revision, use, folder or endpoint is not usable.
@@ -191,14 +198,10 @@ def plan_download(
     listing = hub.listing(repo, revision)
     refuse_foreign_weights(folder, listing)
     files, left_out = needed_files(hub, listing, folder, use)
-    return DownloadPlan(
-        repo,
-        folder,
-        use,
-        hub.endpoint,
-        tuple(_look_on_disk(folder, path, hub.complete(file), on_check) for path, file in files.items()),
-        tuple(map(hub.complete, left_out)),
-    )
+    planned = tuple(_look_on_disk(folder, path, hub.complete(file), on_check) for path, file in files.items())
+    if not replace:
+        _refuse_another_owner(repo, folder, planned)
+    return DownloadPlan(repo, folder, use, hub.endpoint, planned, tuple(map(hub.complete, left_out)))
 
 
 def run_download(
@@ -229,9 +232,32 @@ def run_download(
         plan.folder.mkdir(parents=True, exist_ok=True)
     with _only_one_download(plan.folder):
         _require_disk_space(plan.folder, todo)
+        _write_origin(plan, todo[0].remote.commit)
         for file in todo:
             _fetch_file(hub, file, plan.folder, on_progress, verify)
     return plan.folder
+
+
+def _write_origin(plan: DownloadPlan, commit: str) -> None:
+    temporary = plan.folder / f"{ORIGIN_NAME}.part"
+    temporary.write_text(json.dumps({"repository": plan.repo, "commit": commit}) + "\n", "utf-8")
+    os.replace(temporary, plan.folder / ORIGIN_NAME)
+
+
+def _refuse_another_owner(repo: str, folder: Path, planned: Sequence[PlannedFile]) -> None:
+    """A name alone must not put a stranger's files in place of a model that somebody trusts."""
+    remedy = "Choose another folder. Only if you want the other files gone: blip3o download with --replace."
+    try:
+        origin = parse_object((folder / ORIGIN_NAME).read_bytes()).get("repository")
+    except (OSError, ValueError):
+        origin = None
+    if origin is not None and origin != repo:
+        raise WrongCheckpointError(f'"{folder}" holds files of {quote(origin)}, not of "{repo}".\n{remedy}')
+    weights = [file.path for file in planned if file.is_replaced and file.path.endswith(WEIGHT_ENDINGS)]
+    if origin is None and weights:
+        raise WrongCheckpointError(
+            f'"{folder}" holds other weights than "{repo}" under the same names, e.g. "{weights[0]}".\n{remedy}'
+        )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..checkpoints.layout import (
 )
 from ..config import PUBLISHED_REPOS, PUBLISHED_SIZES
 from ..errors import BadInputError, MissingFilesError, WrongCheckpointError
-from ..untrusted import MAX_HEADER_BYTES
+from ..untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES, parse_object
 from .client import Hub, Listing, RemoteFile
 
 ALIASES = {PUBLISHED_SIZES[width].lower(): repo for width, repo in PUBLISHED_REPOS.items()}
@@ -162,6 +161,9 @@ def _tensor_names(hub: Hub, listing: Listing, folder: Path) -> dict[str, list[st
 
 def _read_index(hub: Hub, listing: Listing, folder: Path) -> bytes:
     index, local = hub.complete(listing.files[INDEX_NAME]), folder / INDEX_NAME
+    assert index.size is not None, "complete gives a size"
+    if index.size > MAX_JSON_BYTES:
+        raise _unreadable(listing.repo, INDEX_NAME)
     if index.is_at(local):
         return local.read_bytes()
     for _ in range(2):
@@ -174,8 +176,10 @@ def _read_index(hub: Hub, listing: Listing, folder: Path) -> bytes:
 def _parse_index(repo: str, data: bytes) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     try:
-        for tensor, shard in json.loads(data)["weight_map"].items():
-            shards.setdefault(str(shard), []).append(tensor)
+        for tensor, shard in parse_object(data)["weight_map"].items():
+            if not shard.endswith(".safetensors"):
+                raise ValueError(f"{shard} is no safetensors file")
+            shards.setdefault(shard, []).append(tensor)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(repo, INDEX_NAME) from error
     return shards
@@ -188,10 +192,10 @@ def _read_header_names(hub: Hub, file: RemoteFile) -> list[str]:
 
     data = hub.read(file, has_header)
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return [name for name in header.keys() if name != "__metadata__"]
-    except (ValueError, AttributeError) as error:
+        header = parse_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except ValueError as error:
         raise _unreadable(file.repo, file.source) from error
+    return [name for name in header if name != "__metadata__"]
 
 
 def _is_needed(key: str, use: str) -> bool:

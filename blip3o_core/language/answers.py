@@ -75,6 +75,17 @@ class Turn:
     images: tuple[Image.Image, ...] = ()
 
 
+def written_chat(turns: Sequence[Turn], system_prompt: str = SYSTEM_PROMPT) -> str:
+    """A chat as one text up to the assistant's next answer; needs no network.
+
+    Raises:
+        BadInputError: no user turn at the end, or a text that does not name a place for each of its pictures.
+    """
+    if not turns or turns[-1].role != "user":
+        raise BadInputError("There is nothing to answer: the chat must end with a question from the user.")
+    return chat_text([Message(turn.role, turn.text, len(turn.images)) for turn in turns], system_prompt)
+
+
 def encode_chat(
     backbone: Backbone,
     tokenizer: TextTokenizer,
@@ -85,11 +96,9 @@ def encode_chat(
     """Tokens and patches of a chat up to the assistant's next answer.
 
     Raises:
-        BadInputError: no user turn at the end.
+        BadInputError: see written_chat.
     """
-    if not turns or turns[-1].role != "user":
-        raise BadInputError("There is nothing to answer: the chat must end with a question from the user.")
-    text = chat_text([Message(turn.role, turn.text, len(turn.images)) for turn in turns], system_prompt)
+    text = written_chat(turns, system_prompt)
     encoded = [encode_picture(backbone, image, limits) for turn in turns for image in turn.images]
     token_ids = tokenizer.encode(text, [tokens for _, _, tokens in encoded])
     return EncodedRow(token_ids, [patches for patches, _, _ in encoded], [grid for _, grid, _ in encoded])

@@ -50,11 +50,23 @@ class Message:
     images: int = 0
 
 
-def chat_text(messages: Sequence[Message], system_prompt: str = SYSTEM_PROMPT) -> str:
-    """ChatML up to the point where the assistant answers; each image is one `<|image_pad|>`, before its text."""
+def chat_text(messages: Sequence[Message], system_prompt: str = SYSTEM_PROMPT, *, separator: str = "") -> str:
+    """ChatML up to the point where the assistant answers; each image is one `<|image_pad|>`, before its text.
+
+    Args:
+        separator: what follows each image that comes before its text.
+
+    Raises:
+        BadInputError: see place_images; or a text is no UTF-8.
+    """
+    # Before the template is around them: a message shows what was typed and nothing else.
+    for text in (system_prompt, *(message.text for message in messages)):
+        check_text(text)
     parts = [f"<|im_start|>system\n{system_prompt}<|im_end|>\n"]
     for message in messages:
-        said = place_images(message.text, message.images)
+        # What the model said shows no picture, whatever words it used.
+        is_shown = message.role == "user" or message.images
+        said = place_images(message.text, message.images, separator) if is_shown else message.text
         parts.append(f"<|im_start|>{message.role}\n{said}<|im_end|>\n")
     return "".join(parts) + "<|im_start|>assistant\n"
 
@@ -69,7 +81,7 @@ def image_prompt_text(instruction: str, images: int = 1) -> str:
 
     Source: BLIP3o@4689ec3: each image is the placeholder `<image>` and a newline at the start of the user turn.
     """
-    return chat_text([Message("user", place_images(instruction, images, "\n"))])
+    return chat_text([Message("user", instruction, images)], separator="\n")
 
 
 def place_images(text: str, images: int, separator: str = "") -> str:
@@ -79,8 +91,13 @@ def place_images(text: str, images: int, separator: str = "") -> str:
     `<image>` at the beginning, with or without a line break (or the two characters of one), is that usual place.
 
     Raises:
-        BadInputError: the text has another number of `<image>` than there are images.
+        BadInputError: the text has another number of `<image>` than there are images, or names the model's own mark.
     """
+    if IMAGE_PAD in text:
+        raise BadInputError(
+            f'The text says "{IMAGE_PAD}", which stands for a part of a picture inside the model.\n'
+            f'Write "{IMAGE_PLACEHOLDER}" where a picture belongs.'
+        )
     pad = f"{VISION_START}{IMAGE_PAD}{VISION_END}"
     if IMAGE_PLACEHOLDER not in text:
         return (pad + separator) * images + text

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import BadInputError, WrongCheckpointError
+from ..errors import SettingError, WrongCheckpointError
 from ..images import MAX_PIXELS, MIN_PIXELS, question_size, to_patches
 from ..models.backbone import Backbone
 from ..untrusted import read_json
@@ -28,9 +28,12 @@ class PixelLimits:
     max_pixels: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise BadInputError(
-                f"min_pixels is {self.min_pixels} and max_pixels {self.max_pixels}; use 0 < min_pixels <= max_pixels."
+        for name in ("min_pixels", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise SettingError(name, f"is {getattr(self, name)}; a picture has at least one pixel.")
+        if self.max_pixels < self.min_pixels:
+            raise SettingError(
+                "max_pixels", f"is {self.max_pixels}, below the smallest area, {self.min_pixels} pixels."
             )
 
 
@@ -38,9 +41,12 @@ def pixel_limits(folder: Path, min_pixels: int | None = None, max_pixels: int | 
     """Limits for a checkpoint: those given, never above its preprocessor_config.json's, which it was trained with.
 
     Without a given upper limit it is MAX_PIXELS, or the checkpoint's when that is smaller.
+
+    Raises:
+        SettingError: a given limit is not above 0, or the two do not fit together.
     """
-    if min_pixels is not None and max_pixels is not None:
-        PixelLimits(min_pixels, max_pixels)
+    low = 1 if min_pixels is None else min_pixels
+    PixelLimits(low, max(low, 1) if max_pixels is None else max_pixels)
     path = folder / "preprocessor_config.json"
     stored = read_json(path) if path.is_file() else {}
     upper = MAX_PIXELS if max_pixels is None else max_pixels

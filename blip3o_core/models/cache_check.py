@@ -46,7 +46,7 @@ CONFIG = {
 
 @cache
 def require_working_cache() -> None:
-    """Compare reading token by token, and padded, with reading everything at once.
+    """Compare reading token by token, and beside padding that either kind of mask hides, with reading all at once.
 
     Raises:
         Blip3oError: the numbers differ.
@@ -55,9 +55,8 @@ def require_working_cache() -> None:
         torch.manual_seed(0)
         backbone = Backbone(CONFIG, vocab_size=32, queries=1, tie_head=False).float().eval()
         for parameter in backbone.text.parameters():
-            if (
-                parameter.ndim > 1
-            ):  # larger than a new network's, so that attention looks at some tokens more than at others
+            if parameter.ndim > 1:
+                # Larger than a new network's, so that attention looks at some tokens more than at others.
                 parameter.normal_(0, 2 * parameter.shape[-1] ** -0.5)
         embeddings = 3 * torch.randn(1, TOKENS, 16)
         whole = backbone(embeddings, _positions(0, TOKENS))
@@ -69,7 +68,16 @@ def require_working_cache() -> None:
         mask = torch.cat([torch.zeros(1, PADDING), torch.ones(1, TOKENS)], dim=1).long()
         positions = _positions(-PADDING, PADDING + TOKENS).clamp(min=0)
         beside_padding = backbone(padded, positions, mask)[:, PADDING:]
-    for words, found in (("what it has read", torch.cat(steps, dim=1)), ("padding", beside_padding)):
+        # The same, as recorded answers say it: by what is added to the attention's scores.
+        places = torch.arange(PADDING + TOKENS)
+        is_seen = (places <= places[:, None]) & mask.bool()
+        bias = torch.zeros(is_seen.shape).masked_fill(~is_seen, torch.finfo().min)[None, None]
+        beside_masked = backbone(padded, positions, bias)[:, PADDING:]
+    for words, found in (
+        ("what it has read", torch.cat(steps, dim=1)),
+        ("padding", beside_padding),
+        ("masked tokens", beside_masked),
+    ):
         if not torch.allclose(found, whole, rtol=0, atol=TOLERANCE):
             raise Blip3oError(
                 f"The installed transformers {transformers.__version__} does not treat {words} as this program expects: answers "

@@ -21,6 +21,7 @@ from ...blip3o_core.config import PICTURE_SUFFIXES
 from ...blip3o_core.errors import MissingFilesError, TrainingDataError
 from ...blip3o_core.file_span import FileSpan
 from ...blip3o_core.images import to_rgb
+from ...blip3o_core.untrusted import inner_path, parse_object, quote, whole_number
 from ..config import DataConfig, LoraConfig
 
 # Pictures to an artist, but Pillow needs a plugin for them, or cannot read them at all.
@@ -43,6 +44,9 @@ LOOK_SIZE = (17, 16)
 # Windows refuses longer paths unless they carry its prefix.
 WINDOWS_PATH_LIMIT = 240
 ORIENTATIONS_ON_THE_SIDE = (5, 6, 7, 8)
+# The longest side of a JPEG. Pillow bounds the area alone, and resizing a line of a hundred million takes gigabytes.
+MAX_SIDE = 65_535
+MAX_REPEATS = 10_000
 
 
 @dataclass(frozen=True)
@@ -326,10 +330,10 @@ def _read_folder(root: Path, config: DataConfig, problems: _Problems) -> list[_F
         entry = _Found(
             name,
             FileSpan(path),
-            repeats=_repeats(path, root),
+            repeats=_repeats(path, root, problems),
             mask=masks.get((path.parent, _same_form(path.stem))),
         )
-        entry.texts, entry.caption_path = _caption_beside(path, name, siblings, problems)
+        entry.texts, entry.caption_path = _caption_beside(path, root, siblings, problems)
         if name in listed:
             _apply_metadata(entry, listed.pop(name), root, config, problems)
         found.append(entry)
@@ -399,9 +403,10 @@ def _split_masks(
 
 
 def _caption_beside(
-    path: Path, name: str, siblings: Mapping[str, Path], problems: _Problems
+    path: Path, root: Path, siblings: Mapping[str, Path], problems: _Problems
 ) -> tuple[list[str] | None, Path]:
     """The captions in the text file beside a picture, one a line (None = no such file), and the file's path."""
+    name = _name(path, root)
     texts = [siblings[suffix] for suffix in CAPTION_SUFFIXES if suffix in siblings]
     if not texts:
         return None, path.with_suffix(CAPTION_SUFFIXES[0])
@@ -412,12 +417,25 @@ def _caption_beside(
             "These have a .txt and a .caption file; the .txt counts. Remove one of the two.",
             name,
         )
+    if not _belongs(texts[0], path, root):
+        text = "The captions of these are links that lead out of the training set. Put the texts themselves there."
+        problems.add("error", "caption", text, name)
+        return [], texts[0]
     try:
-        data = texts[0].read_bytes()
+        data = FileSpan(texts[0]).read()
     except OSError as error:
         problems.add("error", "caption", f"The captions of these cannot be read ({error.strerror}).", name)
         return [], texts[0]
     return _lines(data, name, problems), texts[0]
+
+
+def _belongs(caption: Path, picture: Path, root: Path) -> bool:
+    """Whether a caption's text lies in the training set, or is linked there together with its picture.
+
+    A shared folder could else link a caption to any text of this computer, which would then be learned and shown.
+    """
+    text, shown = caption.resolve(), picture.resolve()
+    return text.is_relative_to(root.resolve()) or (text.parent == shown.parent and text.stem == shown.stem)
 
 
 def _lines(data: bytes, name: str, problems: _Problems) -> list[str]:
@@ -445,7 +463,7 @@ def _read_metadata(root: Path, problems: _Problems) -> dict[str, dict[str, Any]]
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_object(line)
             name = PurePosixPath(row["file_name"].replace("\\", "/"))
         except (ValueError, LookupError, TypeError, AttributeError):
             problems.add(
@@ -457,7 +475,10 @@ def _read_metadata(root: Path, problems: _Problems) -> dict[str, dict[str, Any]]
             continue
         if name.is_absolute() or ".." in name.parts:
             problems.add(
-                "error", "metadata", f"{METADATA_NAME} names files outside the training set.", str(name)
+                "error",
+                "metadata",
+                f"{METADATA_NAME} names files outside the training set.",
+                quote(str(name)).strip('"'),
             )
             continue
         for key in row.keys() - set(METADATA_KEYS):
@@ -493,26 +514,31 @@ def _apply_metadata(
         wrong = 'In metadata.jsonl "weight" must be a number from 0 to 100.'
         problems.add("error", "metadata", wrong, entry.name)
     if "split" in row:
-        if row["split"] in SPLITS:
+        if isinstance(row["split"], str) and row["split"] in SPLITS:
             entry.is_held_out = SPLITS[row["split"]]
         else:
             wrong = f'In {METADATA_NAME} "split" must be one of {", ".join(SPLITS)}.'
             problems.add("error", "metadata", wrong, entry.name)
     if row.get("mask") and config.mask == "files":
         mask = PurePosixPath(str(row["mask"]).replace("\\", "/"))
-        if mask.is_absolute() or ".." in mask.parts or not (root / mask).is_file():
+        if inner_path(root, str(mask)) is None or not (root / mask).is_file():
             wrong = f"{METADATA_NAME} names masks that are not in the training set. Correct the names."
-            problems.add("error", "mask", wrong, str(mask))
+            problems.add("error", "mask", wrong, quote(str(mask)).strip('"'))
         else:
             entry.mask = FileSpan(root / mask)
 
 
-def _repeats(path: Path, root: Path) -> int:
+def _repeats(path: Path, root: Path, problems: _Problems) -> int:
     """The number before the nearest `N_name` folder below the root."""
     for parent in path.relative_to(root).parents:
         match = REPEATS_FOLDER.fullmatch(parent.name)
         if match:
-            return max(1, int(match[1]))
+            number = whole_number(match[1])
+            if number is None or number > MAX_REPEATS:
+                text = f"The number before these folders' names counts repeats, at most {MAX_REPEATS:,}. Rename them."
+                problems.add("error", "repeats", text, quote(parent.name))
+                return 1
+            return max(1, number)
     return 1
 
 
@@ -556,7 +582,13 @@ def _read_tar(path: Path, config: DataConfig, problems: _Problems) -> list[_Foun
         entry = _Found(name, span)
         text = next((parts[suffix][1] for suffix in CAPTION_SUFFIXES if suffix in parts), None)
         if text is not None:
-            entry.texts = _lines(text.read(), name, problems)
+            try:
+                entry.texts = _lines(text.read(), name, problems)
+            except OSError as error:
+                problems.add(
+                    "error", "caption", f"The captions of these cannot be read ({error.strerror}).", name
+                )
+                entry.texts = []
         if config.mask == "files" and ".mask.png" in parts:
             entry.mask = parts[".mask.png"][1]
         found.append(entry)
@@ -575,6 +607,8 @@ def _look_at(found: _Found) -> Item | str:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
+            if max(width, height) > MAX_SIDE:
+                return f"These pictures have a side above {MAX_SIDE:,} pixels. Cut them smaller."
             is_turned = image.getexif().get(ExifTags.Base.Orientation) in ORIENTATIONS_ON_THE_SIDE
             # JPEG only: all its bytes are read, but fewer pixels made.
             image.draft("RGB", (128, 128))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...blip3o_core.errors import Blip3oError
 from ...blip3o_core.units import format_bytes
+from ...blip3o_core.untrusted import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ ADAPTER, INTERNALS, STATE = "adapter.safetensors", "optimizer.safetensors", "sta
 SCHEMA = 1
 TENSOR = "__tensor__"
 # What reading a damaged state may raise.
-BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
 
 
 class NoSpace(Blip3oError):
@@ -121,11 +122,17 @@ def read_state(path: Path) -> State:
         ValueError or KeyError: it is damaged.
         OSError: it cannot be read.
     """
-    tree = json.loads((path / STATE).read_text("utf-8"))
+    tree = parse_object((path / STATE).read_bytes())
     if tree["schema"] != SCHEMA:
         raise ValueError(f"schema {tree['schema']}, expected {SCHEMA}")
     contents = {}
+    if tree["files"].keys() != {ADAPTER, INTERNALS}:
+        raise ValueError(f"it names other files than {ADAPTER} and {INTERNALS}")
+    if not isinstance(tree["step"], int) or not isinstance(tree["numbers"], dict):
+        raise ValueError(f"{STATE} holds values of the wrong kind")
     for name, noted in tree["files"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is no file")
         if _hash(path / name) != noted:
             raise ValueError(f"{name} is not what was written")
         contents[name] = load_file(path / name)

@@ -20,6 +20,7 @@ from ...blip3o_core.config import BUILT_IN_MODEL, LARGEST_FLOAT32_BYTES
 from ...blip3o_core.devices import DTYPE_NAMES
 from ...blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
 from ...blip3o_core.units import format_bytes
+from ...blip3o_core.untrusted import is_inner_name, is_new_name, quote
 
 NEEDED_COMFYUI = "0.33.0"
 MODEL_FOLDER = "blip3o"
@@ -85,9 +86,9 @@ def find_checkpoint(name: str) -> Path:
         return BUILT_IN_MODEL
     roots = folder_paths.get_folder_paths(MODEL_FOLDER)
     # Judged by its words, not by where it resolves to: people link big model folders to other disks.
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if not is_inner_name(name):
         raise BadInputError(
-            f'The checkpoint "{name}" leads out of ComfyUI\'s model folders.\n'
+            f"The checkpoint {quote(name)} leads out of ComfyUI's model folders.\n"
             f'Put it into "{roots[-1]}" and choose it from the list.'
         )
     for root in roots:
@@ -113,7 +114,17 @@ def checkpoint_fingerprint(name: str) -> str:
 
 
 def save_path(filename_prefix: str, suffix: str) -> Path:
-    """Next free numbered file for a prefix in the output folder; the prefix may name subfolders, never leave the folder."""
+    """Next free numbered file for a prefix in the output folder; the prefix may name subfolders, never leave the folder.
+
+    Raises:
+        BadInputError: the prefix cannot begin the name of a file.
+    """
+    # A number follows, so that any ending of the words themselves is fine.
+    if not is_new_name(f"{filename_prefix}_") or not filename_prefix.strip() or filename_prefix[-1] in "/\\":
+        raise BadInputError(
+            f"{quote(filename_prefix)} cannot begin the name of a file.\n"
+            "Write a name, or folder/name, below ComfyUI's output folder."
+        )
     output = folder_paths.get_output_directory()
     folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
     while (path := Path(folder) / f"{name}_{counter:05}_{suffix}").exists():

@@ -13,6 +13,7 @@ from torch import nn
 from ...blip3o_core.errors import BadInputError, MissingFilesError, WrongAdapterError
 from ...blip3o_core.lora.changes import BACKBONE, CANONICAL, DIT, weight_key
 from ...blip3o_core.lora.files import PEFT_WEIGHTS, LoraFile, check_base, other_base, read_lora
+from ...blip3o_core.untrusted import is_inner_name, quote
 from . import host
 from .dit import FeatureFlow
 from .sockets import BackboneHandle
@@ -36,9 +37,9 @@ def find_lora(name: str) -> Path:
         MissingFilesError: there is none.
         BadInputError: the name leads out of the LoRA folders.
     """
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if not is_inner_name(name):
         raise BadInputError(
-            f'The LoRA "{name}" leads out of ComfyUI\'s LoRA folders.\nPut it into models/loras and choose it there.'
+            f"The LoRA {quote(name)} leads out of ComfyUI's LoRA folders.\nPut it into models/loras and choose it there."
         )
     for root in folder_paths.get_folder_paths("loras"):
         if (Path(root) / name).exists():

@@ -15,6 +15,7 @@ from ...blip3o_core.checkpoints.safetensor_files import read_header
 from ...blip3o_core.config import PICTURE_SUFFIXES
 from ...blip3o_core.errors import BadInputError, Blip3oError, MissingFilesError
 from ...blip3o_core.files import replacing
+from ...blip3o_core.untrusted import is_inner_name, is_new_name, quote
 from ...lora_training.config import BUILT_IN, LoraConfig, to_yaml
 from ..native import host
 
@@ -55,9 +56,9 @@ def find_dataset(name: str) -> Path:
         return EXAMPLE_FOLDER
     words, _, place = name.removesuffix("]").rpartition(" [")
     # Judged by its words, not by where it resolves to: people link big folders to other disks.
-    if not words or Path(words).is_absolute() or ".." in Path(words).parts:
+    if not is_inner_name(words):
         raise BadInputError(
-            f'The folder "{name}" leads out of ComfyUI\'s folders.\n'
+            f"The folder {quote(name)} leads out of ComfyUI's folders.\n"
             "Put your pictures into a folder inside ComfyUI's input folder, press R and choose it from the list."
         )
     for label, root in roots():
@@ -146,9 +147,9 @@ def check_name(name: str) -> str:
         BadInputError: it is empty or names another folder.
     """
     name = name.strip()
-    if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|') or not name.isprintable():
+    if set(name) & set("/\\") or not is_new_name(name):
         raise BadInputError(
-            f'"{name}" cannot be the name of a file.\nUse letters, digits, spaces, - and _ for the name of the LoRA.'
+            f"{quote(name)} cannot be the name of a file.\nUse letters, digits, spaces, - and _ for the name of the LoRA."
         )
     return name
 

@@ -21,6 +21,9 @@ from ..native import host
 
 EVENT = "blip3o.training"
 POLL_SECONDS = 0.2
+# How long a training may take to end after a cancel, and after its time is over, when its result is still wanted.
+CANCEL_SECONDS = 20
+TIME_UP_SECONDS = 120
 SEND_SECONDS = 0.4
 CHART_POINTS = 200
 # Weight of the newest loss in the drawn curve; single steps jump too much to be looked at.
@@ -42,6 +45,8 @@ class Training(Protocol):
     def events(self) -> Iterator[dict[str, Any]]: ...
 
     def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 @dataclass
@@ -171,14 +176,28 @@ class Outcome:
 
 
 def watch(training: Training, watcher: TrainingWatcher, seconds: float | None = None) -> Outcome:
-    """Follow a training to its end. Cancel, or the end of `seconds`, asks it to stop and waits until all is saved."""
+    """Follow a training to its end. Cancel, or the end of `seconds`, asks it to stop and waits until all is saved.
+
+    A training that does not answer is ended for good: by a second cancel, or when its patience is over. Its saved states
+    are whole at any moment.
+    """
     last: dict[str, dict[str, Any]] = {}
     is_interrupted = is_out_of_time = False
     started = time.monotonic()
+    deadline = 0.0
     for event in _poll(training):
         if event is not None:
             last[event["event"]] = event
         if is_interrupted or is_out_of_time:
+            try:
+                host.raise_if_interrupted()
+                is_over = time.monotonic() > deadline
+            except memory.InterruptProcessingException:
+                is_interrupted = is_over = True
+            if is_over:
+                watcher.say("The training does not answer and is ended; what it had saved stays.")
+                training.kill()
+                break
             continue
         try:
             if event is not None:
@@ -191,6 +210,7 @@ def watch(training: Training, watcher: TrainingWatcher, seconds: float | None = 
         if is_interrupted or is_out_of_time:
             watcher.say("Stopping: what was learned so far is being saved ...")
             training.stop()
+            deadline = time.monotonic() + (CANCEL_SECONDS if is_interrupted else TIME_UP_SECONDS)
     return Outcome(last, is_interrupted, is_out_of_time)
 
 

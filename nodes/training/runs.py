@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import comfy.model_management as memory
 
-from ...blip3o_core.errors import Blip3oError
+from ...blip3o_core.errors import BadInputError, Blip3oError
 from ...blip3o_core.lora.files import read_lora
+from ...blip3o_core.untrusted import parse_yaml, quote
 from ...lora_training.config import LoraConfig, parse_config, to_tree
 from ...lora_training.proof.plot import EVENTS_NAME, read_history
 from ..native import host
@@ -25,6 +27,21 @@ logger = logging.getLogger(__name__)
 MINUTE = 60
 # Folder of a run's finished files.
 FINAL = "final"
+
+
+# Settings that lead to a file or a device.
+PLACES = (
+    *(
+        "run.dir",
+        "run.name",
+        "data.path",
+        "model.root",
+        "model.image_encoder",
+        "model.decoder",
+        "model.device",
+    ),
+    *("adapter.start_from", "train.prior.reg_path"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,9 +93,39 @@ def training_settings(as_preset: str, **choices: Any) -> dict[str, Any]:
         "sample": sample,
     }
     more = [line.strip() for line in choices.get("more", "").splitlines() if line.strip()]
+    for line in more:
+        check_setting(line)
     # Read once with stand-ins for what the other nodes say, so that a mistake shows on this node.
     parse_config({**tree, "run": {"name": "settings"}, "data": {"path": "."}}, more)
     return {"tree": tree, "more": more}
+
+
+def check_setting(line: str) -> None:
+    """Refuse a line of the settings text that says where something lies: a workflow of a stranger must not lead anywhere.
+
+    Raises:
+        BadInputError: it sets a path, a device, a whole section or a pattern, or its value cannot be read.
+    """
+    name, _, text = (part.strip() for part in line.partition("="))
+    if name in PLACES or name.split(".")[0] == "run":
+        raise BadInputError(
+            f'"{name}" cannot be set on this node: a workflow must not say where files lie or what computes.\n'
+            "Leave that line out. Folders and models are chosen on the nodes; a configuration of your own in a shell can say it."
+        )
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise BadInputError(
+            f'The value of "{name}" cannot be read ({error}).\nWrite it like train.ema=0.99'
+        ) from error
+    if isinstance(value, dict) or "." not in name:
+        raise BadInputError(
+            f'"{quote(line)}" sets a whole section.\nSet one value a line, like train.ema=0.99'
+        )
+    if name == "adapter.targets" and not re.fullmatch(r"[\w.|-]+", str(value), re.ASCII):
+        raise BadInputError(
+            f"adapter.targets is {quote(value)}; on this node it names layers, like attn1.to_q, with | between several."
+        )
 
 
 def run_configuration(
@@ -102,7 +149,14 @@ def run_configuration(
     tree["model"] = {**tree.get("model", {}), "root": checkpoint_root(checkpoint)}
     tree["train"] = {**tree.get("train", {}), "steps": steps or "auto"}
     more = settings["more"] if settings else []
+    for line in more:
+        check_setting(line)
     config = parse_config(tree, more)
+    plain = parse_config(tree)
+    for place in PLACES:
+        # Once more where it counts, whatever way a text may find around the check of its names.
+        if _at(config, place) != _at(plain, place):
+            raise BadInputError(f'"{place}" cannot be set on this node.\nLeave it out of the settings text.')
     digest = run_digest(config, content_hash(dataset.config.path), host.checkpoint_fingerprint(checkpoint))
     # Where it computes does not count for the name: a run may go on elsewhere.
     return parse_config(
@@ -112,6 +166,13 @@ def run_configuration(
             "model": {**to_tree(config.model), "device": str(memory.get_torch_device())},
         }
     )
+
+
+def _at(config: LoraConfig, place: str) -> Any:
+    value: Any = config
+    for name in place.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def train_lora(

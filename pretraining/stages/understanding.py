@@ -653,8 +653,10 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _text_rotary(config: Any, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    theta = config.rope_parameters["rope_theta"]
-    sections = config.rope_parameters["mrope_section"]
+    # transformers 5 keeps in one table what was in two places before.
+    table = config.rope_parameters if hasattr(config, "rope_parameters") else config.rope_scaling
+    theta = table["rope_theta"] if "rope_theta" in table else config.rope_theta
+    sections = table["mrope_section"]
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections))  # which axis turns each frequency
     angles = positions.float()[axis].permute(1, 2, 0) * frequencies  # (B, L, d / 2)

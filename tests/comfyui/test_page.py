@@ -180,3 +180,36 @@ def test_a_training_draws_its_chart_while_it_runs_and_keeps_it(page: Any, shots:
             return new Set(new Uint32Array(data.buffer)).size; }}"""
     )
     assert colours > 5, "the chart is empty when the graph is opened again"
+
+
+def test_a_malformed_saved_chart_or_answer_breaks_nothing(page: Any):
+    open_template(page, "compare_strengths")
+    saved = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+    page.complaints.clear()
+    many = [[step, 0.5] for step in range(200_000)]
+    charts = [
+        {"loss": [[1, 0.5]]},
+        {"loss": [[1, 0.5]], "scores": 5, "total": "x"},
+        {
+            "loss": [[1, 0.5], "x", None, [1], [1, None]],
+            "scores": [None, 5, {"step": 1}, {"step": 1, "gain": "x"}],
+        },
+        {"loss": "abc"},
+        {"loss": many, "scores": [], "total": 1e308},
+        {"loss": {"length": 3}},
+        "x",
+        5,
+        [],
+    ]
+    for chart in charts:
+        for node in saved["nodes"]:
+            if node["type"] == "BLIP3oTrainLora":
+                node["properties"] |= {"blip3o_chart": chart, "blip3o_answer": chart}
+        page.evaluate("(graph) => app.loadGraphData(graph)", saved)
+        page.wait_for_timeout(300)
+        assert complaints(page) == [], chart
+        assert page.evaluate("() => app.graph._nodes.length") == len(saved["nodes"])
+        # The observer draws once more with whatever the node holds.
+        page.evaluate(
+            "() => app.graph._nodes.forEach((node) => node.setSize([node.size[0] + 10, node.size[1]]))"
+        )

@@ -12,67 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from api_graphs import BUILT_IN, QUICK_TRAINING, node
+from api_graphs import BUILT_IN, node
 from comfyui_server import ROOT, Server, Socket, cached_nodes, error_of
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from training_graphs import DATASET, EXAMPLE, STEPS, training
 
-EXAMPLE = {"folder": "built-in: example", "trigger": "red and yellow", "class_word": "red"}
-DATASET = {
-    "crop": "centre",
-    "views": 4,
-    "flip": False,
-    "mask": "none",
-    "holdout": "auto",
-    "missing_captions": "error",
-    "bad_pictures": "stop",
-    "caption_prefix": "",
-    "background": "white",
-}
-SETTINGS = {
-    "adapter": "as the preset",
-    "rank": 4,
-    "targets": "as the preset",
-    "tune_queries": False,
-    "optimizer": "adamw",
-    "learning_rate": 0.001,
-    "schedule": "cosine",
-    "batch_size": 0,
-    "preservation": "auto",
-    "preservation_weight": 1.0,
-    "sample_prompts": "three {trigger} circles",
-    "sample_every": 4,
-    "seed": 0,
-    "base_dtype": "auto",
-    "more": QUICK_TRAINING,
-}
 DRAWING = {"seed": 1, "feature_steps": 2, "feature_cfg": 3.0, "pixel_steps": 2, "pixel_cfg": 3.0}
-STEPS = 8
 RUNS = "blip3o_training"
 MEMORY_BYTES = 100e6
 # Velocities of float32 weights that were added up in another order.
 SAME_VELOCITY = 1e-5
-
-
-def training(name: str, steps: int = STEPS, minutes: float = 0.0, **settings: Any) -> dict[str, Any]:
-    """Nodes 1 dataset, 2 settings, 3 training, 4 its scorecard, 5 its loss in core's own plot."""
-    return {
-        "1": node("BLIP3oDataset", **EXAMPLE, **DATASET),
-        "2": node("BLIP3oTrainingSettings", **{**SETTINGS, **settings}),
-        "3": node(
-            "BLIP3oTrainLora",
-            dataset=["1", 0],
-            settings=["2", 0],
-            checkpoint=BUILT_IN,
-            name=name,
-            preset="subject",
-            steps=steps,
-            minutes=minutes,
-        ),
-        "4": node("PreviewAny", source=["3", 4]),
-        "5": node("LossGraphNode", loss=["3", 1], filename_prefix="loss"),
-    }
 
 
 def run_folder(base: Path, name: str) -> Path:

@@ -57,6 +57,19 @@ def test_a_library_that_ignores_padding_is_refused(monkeypatch: pytest.MonkeyPat
         require_working_cache()
 
 
+def test_a_library_that_ignores_what_is_added_to_the_scores_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ignore(arguments: dict[str, Any]) -> None:
+        mask = arguments["attention_mask"]
+        if mask is not None and mask.ndim == 4:
+            arguments["attention_mask"] = None
+
+    change_text_model(monkeypatch, ignore)
+    with pytest.raises(Blip3oError, match="masked tokens"):
+        require_working_cache()
+
+
 def test_a_library_that_moves_positions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def move(arguments: dict[str, Any]) -> None:
         if arguments["position_ids"].shape[-1] == 1:

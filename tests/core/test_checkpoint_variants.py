@@ -566,7 +566,7 @@ def test_pickled_shards_are_refused_with_the_way_to_save_them(variant: Variant) 
 
 def test_an_index_cannot_lead_out_of_its_folder(variant: Variant) -> None:
     variant.promise({"model.norm.weight": "../elsewhere.safetensors"})
-    with pytest.raises(WrongCheckpointError, match="outside its folder"):
+    with pytest.raises(WrongCheckpointError, match="cannot be one: .*elsewhere"):
         open_checkpoint(variant.folder)
 
 

@@ -314,6 +314,25 @@ def test_a_pickle_of_the_old_kind_is_read_too(folder: Path, tower_pickle: Path) 
     assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle)))
 
 
+@pytest.mark.parametrize(
+    "leftovers",
+    [{5: 5}, {7: torch.zeros(2)}, {"sparse": torch.zeros(3, 3).to_sparse()}, {"meta": torch.zeros(3, device="meta")},
+     {"positions": torch.arange(9).expand(50, 9)}],
+    ids=str,
+)  # fmt: skip
+def test_odd_leftovers_in_a_pickle_are_passed_over(folder: Path, tower_pickle: Path, leftovers: dict) -> None:
+    torch.save({**torch.load(tower_pickle, weights_only=True), **leftovers}, tower_pickle)
+    assert_is_the_tiny_tower(load_image_encoder(open_checkpoint(folder, image_encoder=tower_pickle)))
+    convert_pickle(tower_pickle, folder / "converted.safetensors")
+
+
+def test_a_few_bytes_that_pretend_to_be_gigabytes_are_refused(tower_pickle: Path, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(2**30)}, tower_pickle)
+    with pytest.raises(WrongCheckpointError, match="holds only 4 of them"):
+        convert_pickle(tower_pickle, tmp_path / "converted.safetensors")
+    assert not list(tmp_path.glob("*.safetensors*"))
+
+
 def test_a_converted_pickle_gives_the_same_network(folder: Path, tower_pickle: Path, tmp_path: Path) -> None:
     written = convert_pickle(tower_pickle, tmp_path / "converted")
     assert written == tmp_path / "converted" / "model.safetensors"

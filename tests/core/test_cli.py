@@ -21,7 +21,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("generate", "vary", "ask", "caption", "info", "download", "convert", "doctor", "verify-reference")
+COMMANDS = (
+    "generate",
+    "vary",
+    "ask",
+    "caption",
+    "chat",
+    "info",
+    "download",
+    "convert",
+    "doctor",
+    "verify-reference",
+)
 QUICK = ["--steps", "2", "--pixel-steps", "2", "--quiet"]
 
 
@@ -412,7 +423,7 @@ def test_every_option_has_a_help_text() -> None:
         (["ask", "red ?", "nowhere.png"], "nowhere.png"),
         (["ask", "red ?", "--choices", "red"], "at least two"),
         (["ask", "red ?", "--temperature", "-1"], "temperature is -1"),
-        (["ask", "red ?", "--max-pixels", "-1"], "max_pixels"),
+        (["ask", "red ?", "--max-pixels", "-1"], "--max-pixels is -1"),
         (["caption", "nowhere.png", "--style", "short"], "nowhere.png"),
     ],
 )

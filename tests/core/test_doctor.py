@@ -390,7 +390,7 @@ def test_a_configuration_of_wrong_types_is_a_finding(models: Path, field: str, v
     path = models / "whole" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), field: value}))
     found = diagnose([models / "whole"], self_test=False)
-    assert not found.is_well and "Download its config.json" in wrong(found)
+    assert not found.is_well and "Download config.json again" in wrong(found)
 
 
 def test_a_folder_that_may_not_be_read_is_a_finding(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def files_below(folder: Path) -> set[str]:
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != download.LOCK_NAME
+        if path.is_file() and path.name not in (download.LOCK_NAME, download.ORIGIN_NAME)
     }
 
 
@@ -372,6 +372,39 @@ def test_a_finetune_without_a_decoder_is_fetched_with_a_word_about_it(hub, folde
     assert "holds no decoder" in str(planned) and "--decoder FOLDER" in str(planned)
 
 
+def other_plan(hub, folder, **options):
+    hub.repos["stranger/tiny-blip3o"] = published_repo(seed=500)
+    return plan_download("stranger/tiny-blip3o", folder, endpoint=hub.endpoint, **options)
+
+
+def test_a_strangers_repository_never_takes_a_models_place_unasked(hub, folder):
+    run_download(plan(hub, folder))
+    before = (folder / SHARD_1).read_bytes()
+    with pytest.raises(
+        WrongCheckpointError, match=f'(?s)holds files of "{REPO}", not of "stranger.*--replace'
+    ):
+        other_plan(hub, folder)
+    assert (folder / SHARD_1).read_bytes() == before
+    run_download(other_plan(hub, folder, replace=True))
+    assert (folder / SHARD_1).read_bytes() != before
+    with pytest.raises(WrongCheckpointError, match='holds files of "stranger/tiny-blip3o"'):
+        plan(hub, folder)
+
+
+def test_files_of_unknown_origin_are_not_replaced_unasked(hub, folder):
+    run_download(plan(hub, folder))
+    (folder / download.ORIGIN_NAME).unlink()
+    with pytest.raises(WrongCheckpointError, match="holds other weights than"):
+        other_plan(hub, folder)
+    assert not plan(hub, folder).missing_bytes
+
+
+def test_a_folder_remembers_repository_and_commit(hub, folder):
+    run_download(plan(hub, folder))
+    origin = json.loads((folder / download.ORIGIN_NAME).read_text("utf-8"))
+    assert origin["repository"] == REPO and origin["commit"]
+
+
 def test_a_folder_with_other_weights_is_refused(hub, folder):
     folder.mkdir(parents=True)
     (folder / "model-00001-of-00009.safetensors").write_bytes(b"other")
@@ -542,3 +575,66 @@ def test_the_bars_end_at_the_total(hub, folder, capsys):
     with progress_bars() as on_check:
         plan(hub, folder, on_check=on_check)
     assert SHARD_1 in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"entry": {"size": "x"}},
+        {"entry": {"size": 1.5}},
+        {"entry": {"size": -1}},
+        {"entry": {"lfs": 5}},
+        {"entry": {"lfs": {"sha256": 5, "size": "x", "pointerSize": 1}}},
+        {"entry": {"rfilename": 5}},
+        {"entry": {"rfilename": None}},
+        {"sha": 5},
+        {"sha": ["x"]},
+        {"siblings": 5},
+        {"siblings": [5]},
+        {"siblings": {"a": 1}},
+        {"lastModified": "yesterday"},
+        {"createdAt": 5},
+    ],
+    ids=str,
+)
+def test_an_answer_of_the_wrong_kinds_is_no_hubs(hub, folder, info):
+    hub.info = info
+    with pytest.raises(
+        Blip3oError, match="does not answer like a model hub|not a complete BLIP3-o checkpoint"
+    ):
+        plan(hub, folder)
+    assert not files_below(folder)
+
+
+@pytest.mark.parametrize("entry", [{"blobId": 5}, {"blobId": "zz"}])
+def test_a_checksum_of_the_wrong_kind_is_none(hub, folder, entry):
+    hub.info = {"entry": entry}
+    run_download(plan(hub, folder))
+    assert files_below(folder) == FOR_GENERATE
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"[" * 100_000,
+        b"5",
+        b'{"weight_map": 5}',
+        b'{"weight_map": {"a": 5}}',
+        b'{"weight_map": {"a": ["x.safetensors"]}}',
+        b'{"weight_map": {"a": "pytorch_model.bin"}}',
+        b'{"weight_map": {"a": "modeling.py"}}',
+    ],
+    ids=lambda index: index[:40].decode(),
+)
+def test_an_index_that_names_no_weights_is_refused(hub, folder, index):
+    hub.repos[REPO].files["model.safetensors.index.json"] = index
+    with pytest.raises(WrongCheckpointError, match="does not say which weights"):
+        plan(hub, folder)
+    assert not files_below(folder)
+
+
+def test_an_index_too_large_to_be_one_is_not_fetched(hub, folder, monkeypatch):
+    monkeypatch.setattr("comfyui_blip3o.blip3o_core.hub.needed_files.MAX_JSON_BYTES", 100)
+    with pytest.raises(WrongCheckpointError, match="does not say which weights"):
+        plan(hub, folder)
+    assert not hub.sent("model.safetensors.index.json")

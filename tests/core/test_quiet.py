@@ -49,6 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FEW = ["--steps", "2", "--pixel-steps", "2"]
+SHORT_FIT = [
+    *("--set", "train.steps=2"),
+    *("--set", "train.prior.prompts=[a blue square]"),
+    *("--set", "validate.drift_prompts=[a green star]"),
+    *("--set", "validate.sigmas=[0.5]"),
+    *("--set", "validate.noise_seeds=1"),
+    *("--set", "sample.prompts=[a red circle]"),
+    *("--set", "sample.steps=2"),
+]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +69,9 @@ FEW = ["--steps", "2", "--pixel-steps", "2"]
         ["ask", "What is this?", "given.png", "--quiet"],
         ["caption", "given.png", "--quiet"],
         ["info"],
+        ["doctor"],
         ["lora", "check", "run.yaml", "--quiet"],
+        pytest.param(["lora", "run", "run.yaml", *SHORT_FIT, "--quiet"], marks=pytest.mark.slow),
     ],
     ids=lambda arguments: " ".join(arguments[:2] if arguments[0] == "lora" else arguments[:1]),
 )

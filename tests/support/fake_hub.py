@@ -48,6 +48,7 @@ class FakeHub:
         has_ranges: False = answers a range request with the whole file.
         lists_metadata: False = file names only, as some mirrors do.
         is_login_page: True = answers everything with a web page, as the network of a hotel does.
+        info: laid over the answer about a repository; "entry" in it over each of its files.
         xet: True = large files carry the header of Xet storage.
     """
 
@@ -58,6 +59,7 @@ class FakeHub:
     has_ranges: bool = True
     lists_metadata: bool = True
     is_login_page: bool = False
+    info: dict[str, object] = field(default_factory=dict)
     xet: bool = False
     requests: list[Request] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
@@ -216,7 +218,7 @@ def _handler(hub: FakeHub, is_cdn: bool) -> type[BaseHTTPRequestHandler]:
                     if _is_large(path):
                         sha256 = hashlib.sha256(data).hexdigest()
                         entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
-                siblings.append(entry)
+                siblings.append(entry | hub.info.get("entry", {}))
             body = json.dumps(
                 {
                     "_id": "0",
@@ -225,6 +227,7 @@ def _handler(hub: FakeHub, is_cdn: bool) -> type[BaseHTTPRequestHandler]:
                     "sha": repo.commit,
                     "tags": [],
                     "siblings": siblings,
+                    **{key: value for key, value in hub.info.items() if key != "entry"},
                 }
             ).encode()
             self.send_body(body, "application/json")

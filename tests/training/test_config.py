@@ -69,7 +69,7 @@ def test_relative_paths_count_from_the_configuration_file(tmp_path):
         ("train.optimzer.lr=1", ('"train.optimzer"', 'did you mean "optimizer"')),
         ("train.optimizer.learning_rate=1", ("train.optimizer.learning_rate", "lr")),
         ("adaptor.rank=4", ("adaptor", 'did you mean "adapter"')),
-        ("adapter.rank=high", ("adapter.rank", "'high'", "whole number")),
+        ("adapter.rank=high", ("adapter.rank", '"high"', "whole number")),
         ("adapter.rank=1.5", ("adapter.rank", "whole number")),
         ("adapter.rank=true", ("adapter.rank", "whole number")),
         ("adapter.rank=0", ("adapter.rank", "between 1 and")),
@@ -129,3 +129,46 @@ def test_preservation_follows_trigger_and_class_word():
     assert not config_of(
         "data.trigger=zzz dog", "data.class_word=dog", "train.prior.dop=false"
     ).uses_preservation
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("a: &a [x, x]\nb: [*a, *a]", "refers to another place"),
+        ("run: {name: x\n", "line 2"),
+        ("run: 2026-13-45", "cannot be read as YAML"),
+        ("[" * 50 + "]" * 50, "nested too deep"),
+        ("run: -1\ndata: {path: x}", '"run" must be a section'),
+        ("run: {name: 2026-11-27}\ndata: {path: x}", "run.name"),
+        ("run: {name: x, preset: [1]}\ndata: {path: x}", "no preset"),
+        ("run: {name: x, seed: 0x" + "f" * 9000 + "}\ndata: {path: x}", "run.seed"),
+        ("run: {name: x}\ndata: {path: x}\nadapter: {alpha: 0x" + "f" * 9000 + "}", "adapter.alpha"),
+        ("run: {name: x}\ndata: {path: x}\nadapter: {rank_pattern: 5}", "a table of names and values"),
+        ("run: {name: x}\ndata: {path: x}\nadapter: {rank_pattern: [a]}", "a table of names and values"),
+        ("run: {name: x}\ndata: {path: x}\nadapter: {rank_pattern: {a: b}}", "a whole number"),
+        ("run: {name: x}\ndata: {path: x}\nvalidate: {sigmas: 5}", "a list"),
+        ("? [a, b]\n: 5", "unknown|cannot be read"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_configuration_of_nonsense_is_one_short_sentence(tmp_path, text: str, fragment: str):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(BadInputError, match=fragment) as caught:
+        read_config(path)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.ema=[1",
+        "run.name=2026-13-45",
+        "adapter.rank=*a",
+        "adapter.rank=" + "[" * 50,
+        "train.steps=&a [*a]",
+    ],
+)
+def test_a_setting_that_is_no_yaml_is_named(override: str):
+    with pytest.raises(BadInputError, match="cannot be read|must be"):
+        config_of(override)

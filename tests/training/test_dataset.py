@@ -461,3 +461,78 @@ def test_regularisation_pictures_get_no_trigger_and_none_is_held_out(tmp_path: P
     assert dataset.regularisation[0].prompts == (caption(0),)
     assert not any(item.is_held_out or item.class_prompts for item in dataset.regularisation)
     assert any(problem.text.startswith("Regularisation: ") for problem in dataset.problems)
+
+
+@pytest.mark.parametrize("split", [[], {}, 5, None])
+def test_a_split_of_another_kind_is_named(tmp_path: Path, split: object):
+    folder = write_set(tmp_path / "set", 2)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "p00.png", "split": split}), "utf-8")
+    dataset = scan(folder)
+    assert names_of(dataset, "metadata") == {"p00.png"}
+    assert len(dataset.items) == 2
+
+
+def test_a_metadata_line_nested_without_end_is_named(tmp_path: Path):
+    folder = write_set(tmp_path / "set", 2)
+    (folder / "metadata.jsonl").write_text("[" * 100_000, "utf-8")
+    assert names_of(scan(folder), "metadata") == {"line 1"}
+
+
+def test_a_linked_caption_counts_only_with_the_picture_it_belongs_to(tmp_path: Path):
+    originals = write_set(tmp_path / "originals", 1)
+    folder = write_set(tmp_path / "set", 1)
+    for name in ("p00.png", "p00.txt"):
+        (folder / f"x{name}").symlink_to(originals / f"{name}")
+    (folder / "xp00.png").rename(folder / "p01.png")
+    (folder / "xp00.txt").rename(folder / "p01.txt")
+    assert {item.name: item.captions for item in scan(folder).items}["p01.png"] == (caption(0),)
+    secret = tmp_path / "secret.txt"
+    secret.write_text("the words of somebody else", "utf-8")
+    (folder / "p01.txt").unlink()
+    (folder / "p01.txt").symlink_to(secret)
+    dataset = scan(folder)
+    assert names_of(dataset, "caption") == {"p01.png"}
+    assert "somebody" not in str(dataset.prompts)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no endless file")
+def test_links_to_endless_files_are_named(tmp_path: Path):
+    folder = write_set(tmp_path / "set", 2)
+    for name in ("p00.png", "p01.txt"):
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+    dataset = scan(folder)
+    assert names_of(dataset, "caption") == {"p01.png"}
+    assert "p00.png" in names_of(dataset, "unreadable")
+
+
+def test_a_tar_member_larger_than_the_tar_is_named(tmp_path: Path):
+    path = tmp_path / "set.tar"
+    header = tarfile.TarInfo("a.txt")
+    header.size = 8 * 2**30
+    picture = tarfile.TarInfo("a.png")
+    picture.size = 8 * 2**30
+    path.write_bytes(header.tobuf() + b"x" * 512 + picture.tobuf() + b"x" * 512)
+    dataset = scan(path)
+    assert "unreadable" in {problem.kind for problem in dataset.problems}
+    header.size = 10
+    path.write_bytes(header.tobuf() + b"a red disc".ljust(512, b"\0") + picture.tobuf() + b"x" * 512)
+    problems = "\n".join(map(str, scan(path).problems))
+    assert "a.png" in problems and "the archive ends before" in problems
+
+
+def test_a_picture_of_one_endless_line_is_named(tmp_path: Path):
+    folder = write_set(tmp_path / "set", 2)
+    Image.new("L", (1, 100_000)).save(folder / "p00.png")
+    dataset = scan(folder)
+    assert names_of(dataset, "unreadable") == {"p00.png"}
+    assert "65,535" in str(dataset.problems[0])
+
+
+@pytest.mark.parametrize("number", ["99999", "9" * 200])
+def test_a_folder_that_repeats_its_pictures_without_end_is_named(tmp_path: Path, number: str):
+    write_set(tmp_path / "set", 1)
+    write_set(tmp_path / "set" / f"{number}_dog", 1)
+    dataset = scan(tmp_path / "set")
+    assert len(names_of(dataset, "repeats")) == 1
+    assert {item.repeats for item in dataset.items} == {1}

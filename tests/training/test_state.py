@@ -142,3 +142,42 @@ def test_trees_of_any_optimizer_become_json_and_come_back() -> None:
         **tree,
         "groups": [{"betas": [0.9, 0.99], "decay": None, "on": True}],
     }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"/dev/zero": "x"}},
+        {"files": {"../adapter.safetensors": "x", "optimizer.safetensors": "y"}},
+        {"files": []},
+        {"step": "7"},
+        {"numbers": 5},
+        {"optimizer": {"keys": 5}},
+        {"optimizer": {"__tensor__": []}},
+        {"schema": None},
+    ],
+    ids=str,
+)
+def test_a_state_that_names_other_files_or_kinds_is_passed_over(tmp_path: Path, change: dict, caplog) -> None:
+    save_state(tmp_path, state_of(3), keep=5)
+    path = save_state(tmp_path, state_of(7), keep=5) / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change), "utf-8")
+    with caplog.at_level(logging.WARNING):
+        assert newest_state(tmp_path).step == 3
+    assert "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "5", "", '{"schema": 1}', '{"schema": ' + "9" * 5000 + "}"])
+def test_a_state_of_nonsense_is_passed_over(tmp_path: Path, text: str) -> None:
+    save_state(tmp_path, state_of(3), keep=5)
+    (save_state(tmp_path, state_of(7), keep=5) / "state.json").write_text(text, "utf-8")
+    assert newest_state(tmp_path).step == 3
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no endless file")
+def test_a_state_whose_file_is_a_link_to_an_endless_one_is_passed_over(tmp_path: Path) -> None:
+    save_state(tmp_path, state_of(3), keep=5)
+    file = save_state(tmp_path, state_of(7), keep=5) / "adapter.safetensors"
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    assert newest_state(tmp_path).step == 3

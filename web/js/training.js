@@ -7,6 +7,7 @@ const EVENT = "blip3o.training";
 const WIDGET = "training_chart";
 const PROPERTY = "blip3o_chart";
 const HEIGHT = 190;
+const MOST_POINTS = 20000;
 const MARGIN = { left: 40, right: 10, top: 18, bottom: 18 };
 const LOSS = { label: "loss", colour: "#8ab4f8" };
 const SCORES = [
@@ -33,8 +34,20 @@ function chartWidget(node) {
   return widget;
 }
 
-function show(node, chart) {
-  if (!chart?.loss?.length) return;
+// A workflow of a stranger may hold anything under the chart's name.
+function readChart(value) {
+  const list = (part) => (Array.isArray(part) ? part.slice(-MOST_POINTS) : []);
+  const isPoint = (part) => Array.isArray(part) && part.length === 2 && part.every(Number.isFinite);
+  return {
+    loss: list(value?.loss).filter(isPoint),
+    scores: list(value?.scores).filter((score) => Number.isFinite(score?.step)),
+    total: Number.isFinite(value?.total) ? value.total : 0,
+  };
+}
+
+function show(node, value) {
+  const chart = readChart(value);
+  if (!chart.loss.length) return;
   node.properties[PROPERTY] = chart;
   draw(chartWidget(node).canvas, chart);
   node.setDirtyCanvas?.(true);
@@ -59,13 +72,14 @@ function draw(canvas, chart) {
   const scale = (low, high) => (value) => MARGIN.top + inner * (1 - (value - low) / (high - low || 1));
   const losses = chart.loss.map((point) => point[1]);
   const lossY = scale(Math.min(0, ...losses), Math.max(...losses) * 1.05);
-  const values = chart.scores.flatMap((score) => SCORES.map(({ key }) => score[key]));
+  const points = (key) => chart.scores.filter((score) => Number.isFinite(score[key])).map((score) => [score.step, score[key]]);
+  const values = SCORES.flatMap(({ key }) => points(key).map((point) => point[1]));
   const scoreY = scale(Math.min(0, ...values), Math.max(1, ...values));
 
   drawAxes(pen, width, last, scoreY, lossY, Math.max(...losses));
   drawLine(pen, chart.loss.map(([step, loss]) => [x(step), lossY(loss)]), LOSS.colour, 2);
   for (const { key, colour } of SCORES) {
-    drawLine(pen, chart.scores.map((score) => [x(score.step), scoreY(score[key])]), colour, 1.5, true);
+    drawLine(pen, points(key).map(([step, value]) => [x(step), scoreY(value)]), colour, 1.5, true);
   }
   drawLegend(pen, chart.scores.length ? [LOSS, ...SCORES] : [LOSS]);
 }
