@@ -182,8 +182,10 @@ def network_bytes(tensors: Mapping[str, TensorInfo], weight_format: str | None =
     total = 0.0
     for key, info in tensors.items():
         count = _count(info)
-        is_smaller = weight_format is not None and is_quantizable(key, info)
-        total += count * FORMATS[weight_format] if is_smaller else count * HALF
+        if weight_format is not None and is_quantizable(key, info):
+            total += count * FORMATS[weight_format]
+        else:
+            total += count * HALF
     return int(total)
 
 

@@ -7,7 +7,7 @@ int8 is the more exact; nf4 is half as large, and slower than whole weights on a
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,9 @@ class QuantizedLinear(nn.Linear):
         device: where to keep the weight; the work is done there too. None = where it lies.
     """
 
+    codes: Tensor
+    scales: Tensor
+
     def __init__(self, linear: nn.Linear, weight_format: str, device: torch.device | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make the wide weight that this class avoids
         self.weight_format = weight_format
@@ -71,7 +74,7 @@ class QuantizedLinear(nn.Linear):
         return dequantize(*self._packed, dtype, self.in_features)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]  # what nn.Linear keeps is made here when it is read
         """The widened weight, for what reads a layer's weight: DoRA's norms, shapes, devices."""
         return self.widened(self.dtype)
 
@@ -97,14 +100,12 @@ class _FrozenProduct(torch.autograd.Function):
     """x W' that keeps neither x nor W for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, hidden_states: Tensor, layer: QuantizedLinear
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         return multiply_quantized(hidden_states, *layer._packed)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.layer.widened(gradient.dtype), None
 
 
@@ -223,6 +224,7 @@ def quantizable_layers(
     """(parent, name in it, layer) of each layer that quantize_network exchanges."""
     for parent in network.modules():
         for name, child in parent.named_children():
-            is_large = type(child) in PLAIN_LINEARS and child.weight.numel() >= at_least
-            if is_large and name not in SKIPPED:
+            if not isinstance(child, nn.Linear) or type(child) not in PLAIN_LINEARS or name in SKIPPED:
+                continue
+            if child.weight.numel() >= at_least:
                 yield parent, name, child
