@@ -626,7 +626,7 @@ def load_pipeline(
             the CPU, fp32 for models below 4 GB and bf16 above.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "mps" or a torch device.
         offload: keep networks in host memory; copies visit the device while they work.
-        quantize: "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
+        quantize: "fp8", "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
         stream: backbone and image encoder visit the device layer by layer; exact, and slow for long answers.
         compile: on a CUDA GPU, record the steps of the DiT and, unless the backbone moves, of answers as CUDA graphs; and
             torch.compile them and the UNet where that works. The first picture and the first answer take a minute more.

@@ -85,7 +85,7 @@ def memory_text(files: CheckpointFiles, choice: str, device_bytes: int) -> str:
     for component in USES["draw"]:
         storage, _ = network_dtypes(files, component, choice)
         tensors = needed_tensors(files, component)
-        size = network_bytes(tensors, "int8") if storage.itemsize == 1 else network_bytes(tensors)
+        size = network_bytes(tensors, "fp8") if storage.itemsize == 1 else network_bytes(tensors)
         size = size * 2 if storage == torch.float32 else size
         lines.append(f"{component}: {format_bytes(size)} in {str(storage).removeprefix('torch.')}")
         largest = max(largest, size)
