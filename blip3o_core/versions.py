@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 # A folder in ComfyUI's custom_nodes is not installed, so nothing else could tell it; a test keeps it equal to pyproject.toml.
-PROJECT_VERSION = "0.1.0"
+PROJECT_VERSION = "0.2.0"
 TESTED_FILE = Path(__file__).resolve().parent / "assets" / "tested_versions.json"
 
 

@@ -13,7 +13,7 @@ tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 # Folders of the checkout that are not part of the package.
-OUTSIDE = {"tests", "benchmarks", "locks", ".ci", ".github"}
+OUTSIDE = {"tests", "benchmarks", "docs", "examples", "locks", ".ci", ".github"}
 
 
 def tracked_files() -> list[str]:

@@ -5,7 +5,6 @@ Screenshots go to the folder named by COMFYUI_SCREENSHOTS, else to pytest's temp
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,16 @@ from typing import Any
 import pytest
 from api_graphs import QUICK_TRAINING
 from comfyui_server import ROOT, Server
+from template_page import BROWSER_FLAGS, CHROMIUM, open_template, past_the_first_start
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="PAGE TESTS DID NOT RUN: pip install playwright"
 )
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="PAGE TESTS DID NOT RUN: no Chromium found (set CHROMIUM)"
 )
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-    "--no-first-run --disable-quic"
-).split()
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-PACK = "ComfyUI-BLIP3o"
 # What the page itself complains about in a fresh base folder, with no pack installed at all.
 PAGE_NOISE = ("404 (Not Found)", "ComfyApp graph accessed before initialization")
 STATE = """() => app.graph._nodes.map((node) => ({
@@ -48,7 +42,7 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=BROWSER_FLAGS)
         yield running
         running.close()
 
@@ -60,30 +54,13 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
     # Two busy cores draw a large graph slowly.
     page.set_default_timeout(180_000)
     page.complaints = []
-    page.goto(server.url)
-    page.wait_for_function("() => window.app?.graph && window.app.vueAppReady", timeout=180_000)
-    # The first start offers templates, sooner or later.
-    for _ in range(4):
-        page.wait_for_timeout(1500)
-        page.keyboard.press("Escape")
+    past_the_first_start(page, server.url)
     page.on(
         "console", lambda message: page.complaints.append(message.text) if message.type == "error" else None
     )
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
     yield page
     page.close()
-
-
-def open_template(page: Any, name: str) -> None:
-    """Open a graph the way a person does: Templates, our pack, the card."""
-    page.locator("[aria-label*=emplates]").first.click()
-    dialog = page.locator("[role=dialog]").first
-    dialog.get_by_text(PACK, exact=True).first.click()
-    dialog.get_by_text(name, exact=True).first.click()
-    count = len(json.loads((ROOT / "workflows" / f"{name}.json").read_text("utf-8"))["nodes"])
-    page.wait_for_function(f"() => app.graph._nodes.length === {count}", timeout=60_000)
-    page.wait_for_timeout(1200)
-    page.evaluate("() => app.canvas.fitViewToSelectionAnimated?.() ?? app.canvas.ds.reset()")
 
 
 def complaints(page: Any) -> list[str]:
