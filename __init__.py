@@ -1,9 +1,8 @@
 """ComfyUI's entry point, and the names that Python programs import; nothing is imported until one of them is asked for."""
 
-from importlib import import_module
-
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ _FROM_CORE = (
 )
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     # ComfyUI asks for NODE_CLASS_MAPPINGS and the like first: what is not ours is told without an import.
     if name not in _FROM_CORE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
