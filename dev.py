@@ -1,7 +1,7 @@
 """One-command set-up for a fresh machine: makes .venv beside this file, then draws a picture or runs the tests.
 
     python dev.py picture ["a prompt"]               the embedded tiny model draws, on the CPU
-    python dev.py test [pytest options]              ruff and the tests, with the versions of locks/tested.txt
+    python dev.py test [pytest options]              ruff, mypy and the tests, with the versions of locks/tested.txt
     python dev.py test --latest [pytest options]     the tests with the newest releases, in .venv-latest
     python dev.py test --oldest [pytest options]     the tests with the oldest releases allowed, in .venv-oldest
     python dev.py lock                               writes the files in locks/ from pyproject.toml
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent
 # The version the tests run with, the oldest releases included: no older one has a CPU build for every system.
 # ComfyUI users keep their own.
 TORCH = "torch==2.13.0"
+PACKAGES = ("blip3o_core", "cli", "lora_training", "nodes", "pretraining")
 DEFAULT_PROMPT = "a red circle left of a blue square"
 
 
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """ruff, with the locked versions only (others format differently), then pytest."""
+    """ruff and mypy, with the locked versions only (others judge differently), then pytest."""
     chosen = [name for name in ("--latest", "--oldest") if name in arguments]
     if len(chosen) > 1:
         print("Choose one of --latest and --oldest.", file=sys.stderr)
@@ -87,10 +88,24 @@ def test(arguments: list[str]) -> int:
     python = environment.python
     install(environment, "test")
     if environment == TESTED and (
-        run([python, "-m", "ruff", "check", "."]) or run([python, "-m", "ruff", "format", "--check", "."])
+        run([python, "-m", "ruff", "check", "."])
+        or run([python, "-m", "ruff", "format", "--check", "."])
+        or check_types(environment)
     ):
         return 1
     return run([python, "-m", "pytest", *rest])
+
+
+def check_types(environment: Environment) -> int:
+    """mypy over the program; it prints paths below a copy, since a checkout rarely has the package's name."""
+    folder = environment.folder / "types"
+    package = folder / "comfyui_blip3o"
+    shutil.rmtree(package, ignore_errors=True)
+    for source in [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]:
+        target = package / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)  # with its date, by which mypy knows what it has checked before
+    return run([environment.python, "-m", "mypy", "--config-file", ROOT / "pyproject.toml"], folder=folder)
 
 
 def install(environment: Environment, extra: str) -> None:
@@ -139,7 +154,15 @@ def lock() -> int:
         tools = Environment(Path(folder) / "environment for the lock", None)
         make(tools)
         must([tools.python, "-m", "pip", "install", "--quiet", "uv"])
-        compile_command = [tools.python, "-m", "uv", "pip", "compile", "--quiet", "--universal"]
+        compile_command: list[str | Path] = [
+            tools.python,
+            "-m",
+            "uv",
+            "pip",
+            "compile",
+            "--quiet",
+            "--universal",
+        ]
         compile_command += ["--python-version", "3.10", "--all-extras", "--no-annotate"]
         compile_command += ["--custom-compile-command", "python dev.py lock", ROOT / "pyproject.toml", "-"]
         compiled = {
@@ -204,9 +227,11 @@ def wants_cuda_packages(python: Path) -> bool:
     return any(name.startswith(("nvidia", "cuda")) for name in names)
 
 
-def run(command: list[str | Path], quiet: bool = False) -> int:
+def run(command: list[str | Path], quiet: bool = False, folder: Path = ROOT) -> int:
     output = subprocess.DEVNULL if quiet else None
-    return subprocess.run([str(part) for part in command], cwd=ROOT, stdout=output, stderr=output).returncode
+    return subprocess.run(
+        [str(part) for part in command], cwd=folder, stdout=output, stderr=output
+    ).returncode
 
 
 def capture(command: list[str | Path], given: str) -> str:

@@ -106,8 +106,8 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         import lora_concept
+        from comfyui_blip3o.blip3o_core.checkpoints.fingerprints import checkpoint_fingerprint
         from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
-        from comfyui_blip3o.blip3o_core.picture_files import checkpoint_fingerprint
         from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
         from comfyui_blip3o.lora_training.prompts import DRIFT_SCENES, PRESERVED_SCENES
         from comfyui_blip3o.pretraining.evaluation.geneval import CATEGORIES, category_prompts

@@ -42,6 +42,7 @@ CASES = {
     ),
     "answer": (
         Case(Way(), 17.5),
+        Case(Way(quantize="fp8"), 12),
         Case(Way(quantize="int8"), 12),
         Case(Way(quantize="nf4"), 8),
         Case(Way(stream=True), 8),

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,13 +228,13 @@ def diagnose(folders: Iterable[str | Path] | Mapping[str, Path] = (), *, self_te
 
 def look_at_machine(findings: list[Finding]) -> Machine:
     """Cores, memory and GPUs; adds what is wrong with them to `findings`."""
-    try:
+    free: int | None = None
+    total: int | None = None
+    with suppress(ImportError):  # already among the versions
         import psutil
 
         memory = psutil.virtual_memory()
         free, total = memory.available, memory.total
-    except ImportError:  # already among the versions
-        free = total = None
     system = f"{platform.system()} {platform.machine()}"
     build, gpus = _pytorch_and_gpus(findings)
     return Machine(system, os.cpu_count() or 1, free, total, build, tuple(gpus))
@@ -657,8 +657,9 @@ def _quick_state(folder: Path) -> tuple[str, Finding | None]:
 
 def _open_quickly(folder: Path) -> CheckpointFiles:
     """As open_checkpoint, without asking of thousands of tensors to which network each belongs where an index lists them."""
-    from .checkpoints.layout import INDEX_NAME, CheckpointFiles, open_checkpoint, read_json, read_weight_map
+    from .checkpoints.layout import INDEX_NAME, CheckpointFiles, open_checkpoint, read_weight_map
     from .checkpoints.safetensor_files import read_header
+    from .untrusted import read_json
 
     if not (folder / INDEX_NAME).is_file():
         return open_checkpoint(folder)

@@ -212,8 +212,9 @@ class Networks(NetworkLender):
             if self.files.has_component(name)
         }
         shapes = {name: {key: info.shape for key, info in infos.items()} for name, infos in tensors.items()}
-        is_near = not isinstance(lora, LoraFile) and not Path(lora).is_absolute()
-        source = Path(lora).as_posix() if is_near else file.name
+        source = file.name
+        if not isinstance(lora, LoraFile) and not Path(lora).is_absolute():
+            source = Path(lora).as_posix()
         loaded = LoadedLora(file, source, strength, check_fit(file, shapes))
         note = other_base(file, lambda: dit_fingerprint(dict(read_tensors(tensors["dit"]))))
         if note:
@@ -233,7 +234,12 @@ class Networks(NetworkLender):
     @property
     def answer_steps(self) -> MakeSteps | None:
         recorder = self._recorders.get("backbone")
-        return None if recorder is None else recorder.steps
+        if recorder is None:
+            return None
+        from .performance.recorded_answers import AnswerRecorder
+
+        assert isinstance(recorder, AnswerRecorder)
+        return recorder.steps
 
     @property
     def before_step(self) -> Callable[[], None] | None:

@@ -15,7 +15,7 @@ from .checkpoints.layout import open_checkpoint
 from .checkpoints.memory_plan import painting_bytes
 from .devices import pick_device, pick_dtype, total_memory
 from .drawing.decoding import PixelCallback, PixelSettings, PixelStart, decode_features, picture_size
-from .drawing.noise import MAX_SEED, PublishedNoise, SeededNoise, seeded_noise
+from .drawing.noise import PublishedNoise, SeededNoise, seeded_noise
 from .drawing.presets import Generation
 from .drawing.request import PUBLISHED_NEGATIVE_PROMPT, DrawRequest
 from .drawing.sampling import FeatureSettings, FeatureStart, StepCallback, sample_features, to_tokens
@@ -25,6 +25,7 @@ from .language.prompts import CAPTION_STYLES, MATCH_QUESTION, SYSTEM_PROMPT, Tex
 from .lora.files import LoraFile
 from .networks import LoadedLora, NetworkLender, Networks
 from .performance.quantize import check_format
+from .seeds import MAX_SEED
 from .units import format_bytes
 
 if TYPE_CHECKING:  # transformers and diffusers are imported only when their component is loaded
@@ -453,7 +454,9 @@ class Blip3oPipeline:
             raise BadInputError(
                 f"There are {len(questions)} questions about {len(images)} lists of images.\nGive one question, or one for each list."
             )
-        chats = [[Turn("user", question, each)] for question, each in zip(questions, images, strict=True)]
+        chats = [
+            [Turn("user", question, tuple(each))] for question, each in zip(questions, images, strict=True)
+        ]
         return self.chat(
             chats,
             settings=settings,
@@ -569,12 +572,12 @@ class Blip3oPipeline:
     def _decoder_negative(self, request: DrawRequest, noise: PublishedNoise | SeededNoise) -> Tensor | None:
         if request.pixel_negative is None or _given(request.pixels).guidance_scale == 1:
             return None
-        is_published = isinstance(noise, PublishedNoise)
+        published = noise if isinstance(noise, PublishedNoise) else None
         return self.negative_features(
             request.pixel_negative,
-            seed=None if is_published else request.pixel_negative_seed,
+            seed=request.pixel_negative_seed if published is None else None,
             settings=request.features,
-            draw_noise=(lambda: noise.negative(self.noise_shape)) if is_published else None,
+            draw_noise=None if published is None else (lambda: published.negative(self.noise_shape)),
         )
 
     def _draw_all(
@@ -623,7 +626,7 @@ def load_pipeline(
             the CPU, fp32 for models below 4 GB and bf16 above.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "mps" or a torch device.
         offload: keep networks in host memory; copies visit the device while they work.
-        quantize: "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
+        quantize: "fp8", "int8" or "nf4" for the linear layers of backbone and image encoder, see quantize.py.
         stream: backbone and image encoder visit the device layer by layer; exact, and slow for long answers.
         compile: on a CUDA GPU, record the steps of the DiT and, unless the backbone moves, of answers as CUDA graphs; and
             torch.compile them and the UNet where that works. The first picture and the first answer take a minute more.

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from .checkpoints.layout import read_json
 from .config import BUILT_IN_MODEL
 from .devices import pick_device
 from .drawing.decoding import PixelSettings
@@ -32,6 +31,7 @@ from .language.answers import AnswerSettings, Turn, continue_rows, encode_chat
 from .language.prefixes import KeptChat
 from .language.rows import embed_rows, padded_positions, pixel_limits
 from .pipeline import Blip3oPipeline, load_pipeline
+from .untrusted import read_json
 
 RECORDED = Path(__file__).resolve().parent / "assets" / "self_test.json"
 # In standard deviations. The same numbers from one thread and two, and from SSE4, AVX2 and AVX-512 code, differ by 1.2e-5
@@ -164,7 +164,8 @@ def _chat(pipeline: Blip3oPipeline) -> list[list[int]]:
     """Token ids of the answers, which read on from the kept keys and values of those before."""
     backbone, tokenizer = pipeline.backbone, pipeline.tokenizer
     limits, kept = pixel_limits(pipeline.files.folder), KeptChat()
-    turns, answers = [], []
+    turns: list[Turn] = []
+    answers: list[list[int]] = []
     for question in QUESTIONS:
         turns.append(Turn("user", question, () if turns else (_picture(),)))
         row = encode_chat(backbone, tokenizer, turns, limits)

@@ -8,6 +8,8 @@ import reprlib
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from .errors import WrongCheckpointError
+
 MAX_JSON_BYTES = 128 * 2**20
 MAX_YAML_CHARACTERS = 2**20
 MAX_YAML_DEPTH = 32
@@ -111,6 +113,23 @@ def inner_path(folder: Path, name: str) -> Path | None:
     path = folder / name
     # Path.resolve raises at links that lead in a circle.
     return path if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        WrongCheckpointError: it is not valid JSON.
+    """
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise WrongCheckpointError(
+            f'"{path.name}" in "{path.parent}" is not readable JSON.\nDelete it and download it again. ({error})'
+        ) from error
+    if not isinstance(value, dict):
+        raise WrongCheckpointError(f'"{path}" holds no JSON object.\nDelete it and download it again.')
+    return value
 
 
 def parse_yaml(text: str) -> Any:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .checkpoints.layout import open_checkpoint, read_json
+from .checkpoints.layout import open_checkpoint
 from .checkpoints.load import load_image_encoder
 from .drawing.decoding import PixelSettings, decode_features, denoise_latents
 from .drawing.flow import mix, target_velocity, training_sigma
@@ -27,6 +27,7 @@ from .images import load_image, preprocess_for_image_encoder, preprocess_for_pro
 from .language.answers import AnswerSettings, Turn, continue_rows, encode_chat
 from .language.rows import EncodedRow, embed_rows, encode_picture, padded_positions, pixel_limits
 from .pipeline import Blip3oPipeline, load_pipeline
+from .untrusted import read_json
 
 # Largest absolute difference allowed, in standard deviations of the reference.
 SINGLE_CALL_TOLERANCE = 2e-5
@@ -173,7 +174,7 @@ class _Verification:
     def decoder(self) -> None:
         golden, described = self.golden, self.texts["decode"]
         settings = PixelSettings(steps=described["steps"], guidance_scale=described["guidance"])
-        arguments = {
+        arguments: dict[str, Any] = {
             "noise": golden["decode.noise"],
             "settings": settings,
             "negative_features": golden["negative.clip_features"],

@@ -74,8 +74,8 @@ def run_ask(arguments: argparse.Namespace) -> None:
         elif len(groups) > 1 or arguments.json:
             answers = pipeline.ask(arguments.question, groups, **options)
         else:
-            with Streamed() as answer:
-                pipeline.ask(arguments.question, groups, on_text=answer, **options)
+            with Streamed() as streamed:
+                pipeline.ask(arguments.question, groups, on_text=streamed, **options)
             return
     labels = [[str(path) for path in paths]] if together else [[str(path)] for path in paths]
     if arguments.json:

@@ -283,7 +283,7 @@ def _load_loras(arguments: argparse.Namespace, pipeline: Blip3oPipeline, like: M
 
 
 def _other_checkpoint(pipeline: Blip3oPipeline, like: Mapping[str, Any]) -> str | None:
-    from ..blip3o_core.picture_files import checkpoint_fingerprint
+    from ..blip3o_core.checkpoints.fingerprints import checkpoint_fingerprint
 
     wanted = like.get("checkpoint_hash")
     if not wanted or wanted == checkpoint_fingerprint(pipeline.files):
@@ -335,7 +335,7 @@ def _drawing_bars(arguments: argparse.Namespace) -> Iterator[dict[str, Callable[
                     total=0, desc=label, unit="step", disable=arguments.quiet or arguments.json
                 )
             if step == 1:
-                bars[label].total += total
+                bars[label].total = (bars[label].total or 0) + total
             bars[label].update()
 
         return on_step
@@ -349,7 +349,8 @@ def _drawing_bars(arguments: argparse.Namespace) -> Iterator[dict[str, Callable[
 
 def _draw(arguments: argparse.Namespace, pipeline: Blip3oPipeline, request: DrawRequest) -> None:
     """Draw, and save each picture as soon as its batch is there: what is done stays, whatever happens next."""
-    from ..blip3o_core.picture_files import checkpoint_fingerprint, describe_picture, save_png
+    from ..blip3o_core.checkpoints.fingerprints import checkpoint_fingerprint
+    from ..blip3o_core.picture_files import describe_picture, save_png
 
     fingerprint = checkpoint_fingerprint(pipeline.files)
     paths = _target_paths(Path(arguments.out), request.total)

@@ -80,7 +80,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantize",
         metavar="FORMAT",
-        help="int8 or nf4: keep the weights of backbone and EVA-CLIP in fewer bits; nf4 is half as large and less exact",
+        help="int8, nf4 or fp8: keep the weights of backbone and EVA-CLIP in fewer bits; fp8 is as large as int8 and less exact",
     )
     group.add_argument(
         "--compile",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def blend(grids: list[Tensor], weights: list[float], mode: str) -> Tensor:
     batch = max(grid.shape[0] for grid in grids)
     grids = [grid if grid.shape[0] == batch else repeat_batch(grid, batch) for grid in grids]
     if mode == "lerp":
-        return sum(weight * grid for weight, grid in zip(weights, grids, strict=True))
+        return reduce(torch.add, (weight * grid for weight, grid in zip(weights, grids, strict=True)))
     result, gathered = grids[0], weights[0]
     for weight, grid in zip(weights[1:], grids[1:], strict=True):
         gathered += weight
@@ -213,7 +214,8 @@ class ComposeFeatures(io.ComfyNode):
         behind, front = feature_grid(background), feature_grid(foreground)
         same_shape(behind, front)
         batch = max(behind.shape[0], front.shape[0], mask.shape[0] if mask.ndim == 3 else 1)
-        places = F.adaptive_avg_pool2d(mask.reshape(-1, 1, *mask.shape[-2:]).float(), behind.shape[-2:])
+        height, width = behind.shape[-2:]
+        places = F.adaptive_avg_pool2d(mask.reshape(-1, 1, *mask.shape[-2:]).float(), (height, width))
         if hard_edge:
             places = (places >= 0.5).float()
         behind, front, places = (repeat_batch(part, batch) for part in (behind, front, places))

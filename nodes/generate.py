@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..blip3o_core.drawing.noise import MAX_SEED
+from ..blip3o_core.seeds import MAX_SEED
 from .native.drawing import (
     PUBLISHED,
     Conditioning,
@@ -206,7 +206,7 @@ class SampleImageFeatures(io.ComfyNode):
         decoder_negative: Conditioning | None = None,
     ) -> io.NodeOutput:
         channels = require_dit(dit).diffusion_model.config.in_channels
-        settings = {"steps": steps, "cfg": cfg, "sampler": sampler, "shift": shift}
+        settings: dict[str, Any] = {"steps": steps, "cfg": cfg, "sampler": sampler, "shift": shift}
         features = run_dit(
             dit,
             positive,
@@ -503,7 +503,7 @@ class GeneratePicture(io.ComfyNode):
         negative_prompt: str = "",
     ) -> io.NodeOutput:
         positive, negative, blank = encode_prompt(backbone, prompt, negative_prompt, None)
-        settings = {"steps": feature_steps, "cfg": feature_cfg}
+        settings: dict[str, Any] = {"steps": feature_steps, "cfg": feature_cfg}
         features = run_dit(
             dit, [[positive, {}]], [[negative, {}]], seed=seed, batch_size=batch_size, **settings
         )

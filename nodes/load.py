@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import comfy.model_management as memory
 import comfy.model_patcher
 import torch
 from comfy_api.latest import io
+from torch import nn
 
 from ..blip3o_core.checkpoints.layout import CheckpointFiles, open_checkpoint
 from ..blip3o_core.checkpoints.load import load_backbone, load_image_encoder
@@ -24,7 +26,10 @@ from .native.sockets import BackboneHandle, BackboneType, ImageEncoderHandle, Im
 CATEGORY = "BLIP3-o/load"
 OWN_DECODER = "of the checkpoint"
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float32)
-LOADERS = {"backbone": load_backbone, "image_encoder": load_image_encoder}
+LOADERS: dict[str, Callable[..., nn.Module]] = {
+    "backbone": load_backbone,
+    "image_encoder": load_image_encoder,
+}
 # What a network needs on the device besides its weights, the driver's share included.
 WORKING_BYTES = 2560 * 2**20
 
@@ -80,7 +85,7 @@ def memory_text(files: CheckpointFiles, choice: str, device_bytes: int) -> str:
     for component in USES["draw"]:
         storage, _ = network_dtypes(files, component, choice)
         tensors = needed_tensors(files, component)
-        size = network_bytes(tensors, "int8") if storage.itemsize == 1 else network_bytes(tensors)
+        size = network_bytes(tensors, "fp8") if storage.itemsize == 1 else network_bytes(tensors)
         size = size * 2 if storage == torch.float32 else size
         lines.append(f"{component}: {format_bytes(size)} in {str(storage).removeprefix('torch.')}")
         largest = max(largest, size)

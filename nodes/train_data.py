@@ -8,8 +8,8 @@ from typing import Any
 import comfy.sd
 from comfy_api.latest import io, ui
 
-from ..blip3o_core.drawing.noise import MAX_SEED
 from ..blip3o_core.images import from_pil
+from ..blip3o_core.seeds import MAX_SEED
 from .native import host
 from .native.drawing import Patcher
 from .native.sockets import (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import comfy.sd
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..blip3o_core.drawing.noise import MAX_SEED
 from ..blip3o_core.images import from_pil
+from ..blip3o_core.seeds import MAX_SEED
 from .native import host
 from .native import lora as lora_files
 from .native.drawing import Patcher
@@ -226,7 +226,12 @@ class MergeLoras(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, loras: dict[str, dict[str, Tensor]], weights: str, method: str, rank: int, checkpoint: str
+        cls,
+        loras: dict[str, dict[str, Tensor]],
+        weights: str,
+        method: Literal["concat", "svd"],
+        rank: int,
+        checkpoint: str,
     ) -> io.NodeOutput:
         connected = [lora for lora in loras.values() if lora is not None]
         return io.NodeOutput(merge_loras(connected, weights, method, rank, checkpoint))

@@ -10,10 +10,10 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..blip3o_core.drawing.noise import MAX_SEED
 from ..blip3o_core.errors import BadInputError
 from ..blip3o_core.images import MAX_PIXELS, to_pil
 from ..blip3o_core.language.prompts import CAPTION_STYLES, SYSTEM_PROMPT
+from ..blip3o_core.seeds import MAX_SEED
 from .native import host
 from .native.answers import (
     answer_settings,

@@ -1,6 +1,7 @@
 """dev.py installs what the locks say, and the locks say what pyproject.toml allows."""
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -140,12 +141,16 @@ def test_other_arguments_go_to_pytest_of_the_chosen_environment(
     commands, installed = [], []
     monkeypatch.setattr(dev, "sys", SimpleNamespace(version_info=(3, 11)))
     monkeypatch.setattr(dev, "install", lambda environment, extra: installed.append((environment, extra)))
-    monkeypatch.setattr(dev, "run", lambda command: commands.append([str(part) for part in command]) or 0)
+    monkeypatch.setattr(
+        dev, "run", lambda command, **where: commands.append([str(part) for part in command]) or 0
+    )
+    monkeypatch.setattr(dev, "check_types", lambda environment: commands.append(["mypy"]) or 0)
     assert dev.main(["test", *arguments]) == 0
     (environment, extra) = installed[0]
     assert (environment.folder, extra, len(installed)) == (ROOT / folder, "test", 1)
     assert commands[-1] == [str(environment.python), "-m", "pytest", "-k", "x"]
     assert any("ruff" in command for command in commands) is has_ruff
+    assert (["mypy"] in commands) is has_ruff
 
 
 def test_only_one_end_of_the_ranges_is_tried_at_a_time(
@@ -154,6 +159,29 @@ def test_only_one_end_of_the_ranges_is_tried_at_a_time(
     monkeypatch.setattr(dev, "install", lambda environment, extra: pytest.fail("installed"))
     assert dev.main(["test", "--latest", "--oldest"]) == 2
     assert "Choose one" in capsys.readouterr().err
+
+
+def test_types_of_every_package_are_checked(
+    dev: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mypy")
+    checkout = tmp_path / "ComfyUI-BLIP3o"  # no name of a package
+    checkout.mkdir()
+    (checkout / "pyproject.toml").write_text("[tool.mypy]\npackages = ['comfyui_blip3o']\n", "utf-8")
+    (checkout / "__init__.py").touch()
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    for name in {name.split(".")[1] for name in listed if "." in name}:
+        (checkout / name).mkdir()
+        (checkout / name / "__init__.py").write_text("COUNT: int = 'three'\n", "utf-8")
+    monkeypatch.setattr(dev, "ROOT", checkout)
+    monkeypatch.setattr(dev.Environment, "python", Path(sys.executable))
+    environment = dev.Environment(tmp_path / "venv", None)
+    assert dev.check_types(environment) != 0
+    found = capfd.readouterr().out
+    for path in sorted(checkout.glob("*/__init__.py")):
+        assert f"{path.parent.name}{os.sep}__init__.py:1" in found
+        path.write_text("COUNT: int = 3\n", "utf-8")
+    assert dev.check_types(environment) == 0
 
 
 def test_the_oldest_versions_are_not_tried_where_they_have_no_builds(

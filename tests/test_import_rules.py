@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,52 @@ def test_importing_the_pack_and_the_command_loads_nothing_heavy():
     ).format(tests=str(ROOT / "tests"))
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def core_places(path: Path) -> set[str]:
+    """Folders and single files of the core that a file of it imports from; what only a type checker reads counts too."""
+    found = set()
+    for level, module in imports(path):
+        if level:
+            place = [*path.relative_to(ROOT).parts[:-level], *module.split(".")]
+            if place[0] == "blip3o_core" and len(place) > 1:
+                found.add(place[1])
+    return found
+
+
+def core_graph() -> dict[str, set[str]]:
+    """Folder or file of the core -> those that it imports."""
+    graph: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "blip3o_core").rglob("*.py")):
+        name = path.relative_to(ROOT / "blip3o_core").parts[0].removesuffix(".py")
+        if name != "__init__":
+            graph[name] = graph.get(name, set()) | (core_places(path) - {name})
+    return graph
+
+
+def test_the_cores_folders_and_files_import_each_other_in_no_circle():
+    try:
+        order = list(TopologicalSorter(core_graph()).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+    assert order.index("models") < order.index("drawing") < order.index("pipeline")
+
+
+@pytest.mark.parametrize("folder", ["models", "drawing"])
+def test_networks_and_drawing_know_nothing_of_what_makes_them_faster(folder: str):
+    files = sorted((ROOT / "blip3o_core" / folder).glob("*.py"))
+    assert len(files) > 3
+    for path in files:
+        assert "performance" not in core_places(path), path.name
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"), [("native", {"native"}), ("training", {"native", "training"})]
+)
+def test_what_nodes_work_with_does_not_import_the_nodes(folder: str, allowed: set[str]):
+    files = sorted((ROOT / "nodes" / folder).glob("*.py"))
+    assert len(files) > 5
+    for path in files:
+        for level, module in imports(path):
+            place = [*path.relative_to(ROOT).parts[:-level], *module.split(".")] if level else []
+            assert place[:1] != ["nodes"] or place[1] in allowed, f"{path.name} imports {'.'.join(place)}"

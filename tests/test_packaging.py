@@ -70,7 +70,7 @@ def test_the_wheel_holds_every_tracked_file_of_the_package(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     wheel = next(tmp_path.glob("*.whl"))
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("comfyui_blip3o/")}
-    at_root = {"__init__.py", "dev.py"}  # every module beside __init__.py travels with it
+    at_root = {"__init__.py", "dev.py", "py.typed"}  # every module beside __init__.py travels with it
     expected = {
         f"comfyui_blip3o/{path}"
         for path in files

@@ -103,11 +103,14 @@ def check_backbone_sizes(tensors: dict[str, TensorInfo], config: dict[str, Any],
     """
     shape = Shapes(tensors, name, "language model")
     nested = config.get("text_config")
-    text, vision = (nested if nested is not None else config), config.get("vision_config")
-    for section, its in (("text_config", text), ("vision_config", vision)):
+    sections: dict[str, Any] = {
+        "text": nested if nested is not None else config,
+        "vision": config.get("vision_config"),
+    }
+    for section, its in sections.items():
         if not isinstance(its, dict):
             raise WrongCheckpointError(
-                f'config.json of checkpoint "{name}" has no section "{section}" of settings (it is {quote(its)}).\n'
+                f'config.json of checkpoint "{name}" has no section "{section}_config" of settings (it is {quote(its)}).\n'
                 "Download config.json again."
             )
     width = shape("text.embed_tokens.weight", 2)[1]
@@ -123,7 +126,7 @@ def check_backbone_sizes(tensors: dict[str, TensorInfo], config: dict[str, Any],
         ("vision", "out_hidden_size"): width,
     }
     for (section, field), expected in told.items():
-        found = (text if section == "text" else vision).get(field)
+        found = sections[section].get(field)
         if found is not None and (isinstance(found, bool) or found != expected):
             raise WrongCheckpointError(
                 f'config.json of checkpoint "{name}" says that {field} of its {section} model is {quote(found)}, but its weights '

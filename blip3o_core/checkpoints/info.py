@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import Blip3oError
-from ..picture_files import checkpoint_fingerprint
 from ..units import GIB
+from .fingerprints import checkpoint_fingerprint
 from .infer import infer_eva_clip, infer_nextdit
 from .keys import COMPONENTS
 from .layout import CheckpointFiles

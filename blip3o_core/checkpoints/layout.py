@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import PUBLISHED_REPOS
 from ..errors import MissingFilesError, WrongCheckpointError
-from ..untrusted import is_inner_name, parse_json, quote
+from ..untrusted import is_inner_name, parse_json, quote, read_json
 from .keys import IMAGE_ENCODER_PREFIX, to_component_key
 from .safetensor_files import TensorInfo, read_header
 
@@ -77,8 +77,8 @@ class CheckpointFiles:
     @property
     def published_repo(self) -> str:
         """Words for the published repository of this size, from which missing parts can be taken."""
-        text = self.config.get("text_config") or self.config
-        repo = PUBLISHED_REPOS.get(text.get("hidden_size"))
+        text: dict[str, Any] = self.config.get("text_config") or self.config
+        repo = PUBLISHED_REPOS.get(text.get("hidden_size", 0))
         return repo or f"{' or '.join(PUBLISHED_REPOS.values())}, whichever it was made from"
 
     def component_tensors(self, component: str) -> dict[str, TensorInfo]:
@@ -343,23 +343,6 @@ def split_index_name(weights: str) -> str:
     """Name of the index of a split weight file, as transformers and diffusers write it: the variant comes last."""
     stem, _, variant = weights.removesuffix(".safetensors").partition(".")
     return f"{stem}.safetensors.index{'.' + variant if variant else ''}.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        WrongCheckpointError: it is not valid JSON.
-    """
-    try:
-        value = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise WrongCheckpointError(
-            f'"{path.name}" in "{path.parent}" is not readable JSON.\nDelete it and download it again. ({error})'
-        ) from error
-    if not isinstance(value, dict):
-        raise WrongCheckpointError(f'"{path}" holds no JSON object.\nDelete it and download it again.')
-    return value
 
 
 def read_weight_map(path: Path) -> dict[str, str]:

@@ -55,7 +55,7 @@ def load_backbone(
     Raises:
         Blip3oError: the installed transformers computes with it in another way, see cache_check.
     """
-    from ..language.cache_check import require_working_cache
+    from ..models.cache_check import require_working_cache
 
     require_working_cache()
     match = match_network(files, "backbone")

@@ -184,8 +184,9 @@ def write_safetensors(
 
 def shape_in_file(tensor: Tensor, dtype: torch.dtype | None = None) -> TensorShape:
     """What a tensor will be in a file whose floating-point tensors are of `dtype`; None keeps each tensor's."""
-    kept = dtype is None or not tensor.is_floating_point()
-    return TensorShape(tensor.dtype if kept else dtype, tuple(tensor.shape))
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    return TensorShape(dtype, tuple(tensor.shape))
 
 
 def pieces_of(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -233,7 +234,7 @@ def stream_safetensors(
             written = 0
             for piece in read(key):
                 assert piece.dtype == shapes[key].dtype, f"{key} is {piece.dtype}"
-                written += file.write(piece.contiguous().view(-1).view(torch.uint8).numpy())
+                written += file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
             assert written == shapes[key].nbytes, f"{key} has {written} bytes, not {shapes[key].nbytes}"
 
 

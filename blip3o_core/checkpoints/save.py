@@ -72,11 +72,12 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
+    is_head_tied = backbone is not None and backbone.is_head_tied
     for component, network in (("backbone", backbone), ("dit", dit), ("image_encoder", image_encoder)):
         if network is None:
             continue
         for key, tensor in network.state_dict().items():
-            if component == "backbone" and key == "lm_head.weight" and backbone.is_head_tied:
+            if component == "backbone" and key == "lm_head.weight" and is_head_tied:
                 continue
             tensors[to_published_key(component, key)] = tensor
     config = {"model_type": "blip3o_qwen", **config}

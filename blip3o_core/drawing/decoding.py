@@ -200,7 +200,7 @@ def denoise_latents(
     return latents
 
 
-def clean_latents(scheduler: object, latents: Tensor, output: Tensor, sigma: Tensor, sampler: str) -> Tensor:
+def clean_latents(scheduler: Any, latents: Tensor, output: Tensor, sigma: Tensor, sampler: str) -> Tensor:
     """The clean latents that a network output stands for, at a step's sigma (of the schedule, not in [0, 1])."""
     # Euler keeps latents at variance 1 + sigma^2; DPM++ keeps them at variance 1.
     scale = (1 + sigma**2).sqrt()

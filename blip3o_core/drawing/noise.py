@@ -7,16 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import check_range
-
-MAX_SEED = 2**64 - 1
-
-
-def item_seeds(seed: int, count: int) -> list[int]:
-    """Seeds of a batch: item i comes out exactly as it would alone with seed + i; after the last seed comes 0."""
-    check_range("seed", seed, 0, MAX_SEED)
-    return [(seed + item) % (MAX_SEED + 1) for item in range(count)]
-
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Standard normal noise (len(seeds), *shape), float32 on the CPU; row i depends on seeds[i] alone."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..errors import BadInputError, check_choice, check_range
 from ..language.prompts import check_text, place_images
+from ..seeds import MAX_SEED, item_seeds
 from ..untrusted import quote
 from .decoding import PixelSettings, picture_size
-from .noise import MAX_SEED, item_seeds
 from .presets import PRESETS
 from .sampling import FeatureSettings
 

@@ -2,7 +2,9 @@
 
 Listing, token, proxy and offline rules are huggingface_hub's. The bytes come over plain HTTP through its session: its own
 file download starts a file anew in every process (since its version 1, and with Xet in any version), and a 5 GB shard
-must continue where the last run stopped.
+must continue where the last run stopped. Its `file_download.http_get` does continue, but is no documented part of the
+library: before version 1 it tells nobody of the bytes that arrive, so nothing could stop it, and it gives up on a server that
+is busy (500 to 504) or ends a body early.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ HASH_CHUNK_BYTES = 4 * 2**20
 TRIES_WITHOUT_PROGRESS = 5
 RETRY_SECONDS = 1.0
 # Every failure of the hub's HTTP library: requests (hub below 1.0) raises OSErrors, httpx and its heirs their HTTPError.
-NETWORK_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
+NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__bases__[0])
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -78,6 +80,7 @@ class RemoteFile:
         if self.sha256:
             digest = hashlib.sha256()
         else:  # git hashes a header before the content
+            assert self.size is not None, "complete() tells the size"
             digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
         for piece in pieces:
             digest.update(piece)
@@ -211,7 +214,7 @@ class Hub:
         sha256, git_sha1 = _valid(SHA256, metadata.etag), _valid(GIT_SHA1, metadata.etag)
         return replace(file, size=size, sha256=sha256, git_sha1=git_sha1)
 
-    def read(self, file: RemoteFile, is_enough: Callable[[bytes], bool] = lambda data: False) -> bytes:
+    def read(self, file: RemoteFile, is_enough: Callable[[bytearray], bool] = lambda data: False) -> bytes:
         """A small file, or the start of a large one until `is_enough`, into memory, unchecked."""
         failures = 0
         while True:
@@ -227,12 +230,13 @@ class Hub:
                 failures += 1
                 self.wait_or_raise(trouble, file, failures)
 
-    def chunks(self, file: RemoteFile, start: int) -> Iterator[tuple[int, bytes]]:
+    def chunks(self, file: RemoteFile, start: int) -> Generator[tuple[int, bytes], None, None]:
         """(position in the file, bytes) from `start` on, or from 0 when the server cannot continue a file.
 
         Raises:
             ConnectionTrouble: the connection failed, or ended before the file did.
         """
+        assert file.size is not None, "complete() tells the size"
         # A compressed body has no place to continue from.
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
         if start:

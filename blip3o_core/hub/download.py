@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
@@ -266,7 +266,7 @@ def progress_bars(plan: DownloadPlan | None = None) -> Iterator[ProgressCallback
 
     One bar for the current file and, with a plan, one for the whole download.
     """
-    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "dynamic_ncols": True}
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "dynamic_ncols": True}
     with contextlib.ExitStack() as stack:
         overall = None
         if plan:

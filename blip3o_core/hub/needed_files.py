@@ -186,7 +186,7 @@ def _parse_index(repo: str, data: bytes) -> dict[str, list[str]]:
 
 
 def _read_header_names(hub: Hub, file: RemoteFile) -> list[str]:
-    def has_header(data: bytes) -> bool:
+    def has_header(data: bytearray) -> bool:
         end = 8 + int.from_bytes(data[:8], "little") if len(data) >= 8 else MAX_HEADER_BYTES
         return len(data) >= min(end, MAX_HEADER_BYTES)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from PIL import Image
@@ -20,11 +21,11 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from ..drawing.noise import MAX_SEED, item_seeds
 from ..errors import BadInputError, check_range
 from ..models.backbone import Backbone
+from ..seeds import MAX_SEED, item_seeds
 from .prefixes import Beginning, KeptChat, encode_shared
-from .prompts import END_OF_TURN, SYSTEM_PROMPT, Message, TextTokenizer, chat_text
+from .prompts import SYSTEM_PROMPT, Message, TextTokenizer, chat_text
 from .rows import EncodedRow, PixelLimits, embed_rows, encode_picture, padded_positions, rope_positions
 
 # How the steps of an answer are made: (backbone, keys and values of the rows so far, their mask) -> steps.
@@ -223,7 +224,7 @@ def choice_log_probabilities(
     Args:
         is_whole_answer: count the end of the turn too, so that "red" does not win over "red circle" by being shorter.
     """
-    end = [tokenizer.token_id(END_OF_TURN)] if is_whole_answer else []
+    end = [tokenizer.end_of_turn] if is_whole_answer else []
     continuations = [tokenizer.encode(choice) + end for choice in choices]
     for choice, tokens in zip(choices, continuations, strict=True):
         if len(tokens) == len(end):
@@ -290,7 +291,8 @@ def _token_chooser(
             logits = torch.cat([penalty(ids, row[None]) for ids, row in zip(seen, logits, strict=True)])
         if settings.temperature == 0:
             return logits.argmax(dim=-1)
-        probabilities = warpers(None, logits).softmax(dim=-1).cpu()
+        no_ids = cast(torch.LongTensor, None)  # which these three do not read
+        probabilities = warpers(no_ids, cast(torch.FloatTensor, logits)).softmax(dim=-1).cpu()
         return torch.cat(
             [
                 torch.multinomial(row, 1, generator=generator)

@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ class KeptChat:
         """What is known of a row's beginning, or None. It is handed over: nothing is kept until the next `keep`."""
         known, cache, weights = self._row, self._cache, self._weights
         self.clear()
-        if known is None or weights != _weights_key(backbone):
+        if known is None or cache is None or weights != _weights_key(backbone):
             return None
         merge_size = backbone.merge_size
         cached = cache.get_seq_length()
@@ -152,13 +153,18 @@ class KeptChat:
 
 def cached_layers(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer, (B, heads, L, d)."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return [(layer.keys, layer.values) for layer in _filled(cache)]
 
 
 def move_cache(cache: Cache, device: torch.device) -> None:
     """Bring all keys and values to a device, in place."""
-    for layer in cache.layers:
+    for layer in _filled(cache):
         layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+
+
+def _filled(cache: Cache) -> list[Any]:
+    """The layers of a cache that holds something; to the library their keys and values may be missing."""
+    return cache.layers
 
 
 def _outside_images(row: EncodedRow, length: int, image_pad: int, merge_size: int) -> int:

@@ -147,23 +147,33 @@ class TextTokenizer:
                     "Use the tokenizer files of the BLIP3-o checkpoint."
                 )
 
-    def token_id(self, token: str) -> int:
+    def token_id(self, token: str) -> int | None:
+        """None for a token that this tokenizer does not have."""
         return self._tokenizer.token_to_id(token)
+
+    def _needed_id(self, token: str) -> int:
+        found = self.token_id(token)
+        assert found is not None, token  # looked up when the tokenizer was read
+        return found
 
     @cached_property
     def image_pad(self) -> int:
-        return self.token_id(IMAGE_PAD)
+        return self._needed_id(IMAGE_PAD)
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        return self._needed_id(END_OF_TURN)
 
     @cached_property
     def pad(self) -> int:
         """Filler of padded positions; never attended to."""
-        found = self._tokenizer.token_to_id(END_OF_TEXT)
-        return self.token_id(END_OF_TURN) if found is None else found
+        found = self.token_id(END_OF_TEXT)
+        return self.end_of_turn if found is None else found
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
         """An answer ends with any of these."""
-        ids = (self._tokenizer.token_to_id(token) for token in (END_OF_TURN, END_OF_TEXT))
+        ids = (self.token_id(token) for token in (END_OF_TURN, END_OF_TEXT))
         return frozenset(token for token in ids if token is not None)
 
     def encode(self, text: str, image_tokens: Sequence[int] = ()) -> list[int]:
@@ -187,7 +197,7 @@ class TextTokenizer:
 
     def encode_for_generation(self, text: str, image_tokens: Sequence[int] = ()) -> list[int]:
         """Token ids of a prompt followed by `[IMG]`, after which the latent queries come."""
-        return [*self.encode(text, image_tokens), self.token_id(IMAGE_BEGIN)]
+        return [*self.encode(text, image_tokens), self._needed_id(IMAGE_BEGIN)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -209,7 +219,8 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
                 f'"tokenizer.json" in "{folder}" cannot be read.\nDelete it and download it again. ({error})'
             ) from error
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        from transformers import Qwen2TokenizerFast
+        # transformers 5 makes this name when it is first asked for, which no type checker sees.
+        from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined]
 
         return Qwen2TokenizerFast.from_pretrained(str(folder)).backend_tokenizer
     raise MissingFilesError(

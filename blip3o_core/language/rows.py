@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoints.layout import read_json
 from ..errors import SettingError, WrongCheckpointError
 from ..images import MAX_PIXELS, MIN_PIXELS, question_size, to_patches
 from ..models.backbone import Backbone
+from ..untrusted import read_json
 from .prompts import TextTokenizer
 
 
@@ -68,8 +68,7 @@ def encode_picture(
     backbone: Backbone, picture: Image.Image, limits: PixelLimits
 ) -> tuple[Tensor, tuple[int, int, int], int]:
     """Patches, grid and number of image tokens of one picture."""
-    visual, merge = backbone.visual, backbone.merge_size
-    patch = visual.patch_size
+    patch, merge = backbone.patch_size, backbone.merge_size
     rows, columns = question_size(
         picture.height,
         picture.width,
@@ -79,8 +78,9 @@ def encode_picture(
     )
     if picture.size != (columns, rows):
         picture = picture.resize((columns, rows), Image.Resampling.BICUBIC)
-    temporal = visual.patch_embed.temporal_patch_size
-    patches, grid = to_patches(picture, patch_size=patch, merge_size=merge, temporal_patch_size=temporal)
+    patches, grid = to_patches(
+        picture, patch_size=patch, merge_size=merge, temporal_patch_size=backbone.temporal_patch_size
+    )
     return patches, grid, patches.shape[0] // merge**2
 
 

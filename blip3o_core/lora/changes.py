@@ -241,10 +241,10 @@ def place(module: str) -> Address | None:
     for component, prefix in KOHYA.items():
         if module.startswith(prefix):
             return component, ".".join(KOHYA_PIECE.findall(module[len(prefix) :]))
-    for prefix, component in PREFIXES:
+    for prefix, named in PREFIXES:
         if module.startswith(prefix):
             layer = module[len(prefix) :]
-            return component or component_of(layer), layer
+            return named or component_of(layer), layer
     return None
 
 

@@ -302,10 +302,9 @@ def _with_alpha(module: str, parts: dict[str, Tensor], config: Mapping[str, Any]
     if "alpha" in parts or change.kind in ("", "full") or not change.is_complete:
         return change
     scale = 1.0 if config is None else _peft_scale(module, change, config)
-    if (
-        change.rank is None
-    ):  # loaders read no alpha for a LoKr of two whole matrices: the factor goes into one of them
-        rank = _by_pattern(config or {}, "rank_pattern", module, (config or {}).get("r", 1))
+    if change.rank is None:
+        # Loaders read no alpha for a LoKr of two whole matrices: the factor goes into one of them.
+        rank = _by_pattern(config or {}, "rank_pattern", module, (config or {}).get("r")) or 1
         return Change({**parts, "lokr_w1": parts["lokr_w1"] * scale, "alpha": torch.tensor(float(rank))})
     return Change({**parts, "alpha": torch.tensor(scale * change.rank)})
 

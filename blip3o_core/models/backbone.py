@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +46,15 @@ VISION_FIELDS = (
     "fullatt_block_indexes",
 )
 TEXT_MODEL = qwen.Qwen2_5_VLTextModel
-TEXT_CONFIG = TEXT_MODEL.config_class
+# The library types them as the base of all configurations, or None.
+TEXT_CONFIG: Any = TEXT_MODEL.config_class
 # transformers 5.24 renamed the argument. Its forward takes any name, and computes without a cache if it is the wrong one.
 _OFFERED = inspect.signature(TEXT_MODEL.forward).parameters
 CACHE_ARGUMENT = "cache" if "cache" in _OFFERED else "past_key_values"
 # Up to 5.4 a cache with fixed places does not know by itself which ones are next.
 NEEDS_CACHE_POSITION = "cache_position" in _OFFERED
 VISION_MODEL = qwen.Qwen2_5_VisionTransformerPretrainedModel
-VISION_CONFIG = VISION_MODEL.config_class
+VISION_CONFIG: Any = VISION_MODEL.config_class
 
 
 def text_config(config: dict[str, Any], vocab_size: int) -> Any:
@@ -105,6 +106,16 @@ class Backbone(nn.Module):
         """Patches along one side that become one image token."""
         return self.visual.spatial_merge_size
 
+    @property
+    def patch_size(self) -> int:
+        """Pixels along one side of a patch."""
+        return cast(int, self.visual.patch_size)
+
+    @property
+    def temporal_patch_size(self) -> int:
+        """Pictures of a film in one patch."""
+        return cast(int, self.visual.patch_embed.temporal_patch_size)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token embeddings (B, L, C)."""
         return self.text.embed_tokens(token_ids)
@@ -139,7 +150,7 @@ class Backbone(nn.Module):
             cache: keys and values of earlier tokens; extended in place.
             cache_position: places of the new tokens in a StaticCache, (L,); None = the next ones.
         """
-        arguments = {CACHE_ARGUMENT: cache}
+        arguments: dict[str, Any] = {CACHE_ARGUMENT: cache}
         if cache_position is not None and NEEDS_CACHE_POSITION:
             arguments["cache_position"] = cache_position
         return self.text(

@@ -37,8 +37,11 @@ class Decoder(nn.Module):
     def latent_channels(self) -> int:
         return self.unet.config.in_channels
 
-    def scheduler(self, sampler: str) -> EulerDiscreteScheduler | DPMSolverMultistepScheduler:
-        """A fresh scheduler of a sampler, "euler" or "dpmpp_2m", on the published noise schedule."""
+    def scheduler(self, sampler: str) -> Any:
+        """A fresh scheduler of diffusers for a sampler, "euler" or "dpmpp_2m", on the published noise schedule.
+
+        Not typed: to a type checker diffusers exports stand-ins without methods.
+        """
         if sampler == "euler":
             return EulerDiscreteScheduler.from_config(self.scheduler_config)
         assert sampler == "dpmpp_2m", sampler

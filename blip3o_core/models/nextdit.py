@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -242,6 +242,11 @@ class NextDiT(nn.Module):
         self.layers = nn.ModuleList([NextDiTBlock(config, ops) for _ in range(config.layers)])
         self.norm_out = OutputNorm(config, ops)
 
+    @property
+    def blocks(self) -> list[NextDiTBlock]:
+        """The layers, with the type that a ModuleList does not tell."""
+        return cast("list[NextDiTBlock]", list(self.layers))
+
     def encode_context(self, conditioning: Tensor, *, zero_rows: int = 0) -> DiTContext:
         """Everything that depends on the conditioning alone.
 
@@ -252,12 +257,12 @@ class NextDiT(nn.Module):
         """
         context = self.caption_projection(conditioning)
         pooled = self.time_caption_embed.embed_caption(context)
-        keys, values = zip(*(layer.encode_context(context) for layer in self.layers), strict=True)
+        keys, values = zip(*(layer.encode_context(context) for layer in self.blocks), strict=True)
         if not zero_rows:
             return DiTContext(pooled, keys, values)
         zero_context = self.caption_projection(torch.zeros_like(conditioning[:1, :1]))
         zero_pooled = self.time_caption_embed.embed_caption(zero_context).expand(zero_rows, -1)
-        zero_values = tuple(layer.encode_context(zero_context)[1][0, :, 0] for layer in self.layers)
+        zero_values = tuple(layer.encode_context(zero_context)[1][0, :, 0] for layer in self.blocks)
         return DiTContext(torch.cat([pooled, zero_pooled]), keys, values, zero_values)
 
     def forward(
@@ -279,6 +284,7 @@ class NextDiT(nn.Module):
             (B, in_channels, H, W).
         """
         if context is None:
+            assert conditioning is not None, "neither conditioning nor context"
             context = self.encode_context(conditioning)
         height, width = feature_grid.shape[-2:]
         rotary = rotary_table(height, width, self.config.head_dim, feature_grid.device)

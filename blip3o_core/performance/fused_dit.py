@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +104,9 @@ class FusedStep:
     ) -> None:
         self.dit = dit
         weight = dit.patch_embedder.proj.weight
-        self.rotary = rotary_table(*grid_size, dit.config.head_dim, weight.device)
-        self.layers = [FusedLayer(layer) for layer in dit.layers]
+        rows, columns = grid_size
+        self.rotary = rotary_table(rows, columns, dit.config.head_dim, weight.device)
+        self.layers = [FusedLayer(layer) for layer in dit.blocks]
         self.call_layer = call_layer or FusedLayer.__call__
 
     def __call__(
@@ -150,7 +151,7 @@ class FusedStep:
     def prepare_context(self, context: DiTContext) -> RunContext:
         """Repeat grouped keys and values for all heads and fold each layer's gate into the values."""
         heads, dtype = self.dit.config.heads, context.keys[0].dtype
-        gates = torch.stack([layer.gate.to(dtype).tanh() for layer in self.dit.layers])  # (layers, h)
+        gates = torch.stack([layer.gate.to(dtype).tanh() for layer in self.dit.blocks])  # (layers, h)
         groups = heads // self.dit.config.kv_heads
         keys = torch.stack(context.keys).repeat_interleave(groups, dim=2)
         values = torch.stack(context.values).repeat_interleave(groups, dim=2) * gates[:, None, :, None, None]
@@ -257,7 +258,7 @@ class FusedLayer:
         """(B, N, D) -> (B, N, D) with modulations (B, 4, 1, D), keys and values (R, h, L, d) and constant (1, 1, h, d)."""
         attention_in, attention_out, feed_forward_in, feed_forward_out = modulations.unbind(1)
         attended = self._attend(_normalise(hidden_states) * attention_in, rotary, key, value, constant)
-        mixed = multiply(attended, self.layer.attn2.to_out[0].weight)
+        mixed = multiply(attended, cast(nn.Linear, self.layer.attn2.to_out[0]).weight)
         hidden_states = torch.addcmul(hidden_states, _normalise(mixed), attention_out)
         gate, up = self.gate_and_up(_normalise(hidden_states) * feed_forward_in)
         fed = multiply(F.silu(gate) * up, self.layer.feed_forward.linear_2.weight)

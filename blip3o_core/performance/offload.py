@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import Blip3oError
 
@@ -17,7 +18,7 @@ def visit(network: nn.Module, device: torch.device) -> Iterator[None]:
 
     Nothing is copied back, and what is mapped from a file stays so.
     """
-    homes = [
+    homes: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
         (owner, name, tensor, tensor.data)
         for module in network.modules()
         for owner in (module._parameters, module._buffers)

@@ -1,13 +1,13 @@
-"""Weights in fewer bits: linear layers that keep int8 or nf4 and multiply in the dtype of their input.
+"""Weights in fewer bits: linear layers that keep fp8, int8 or nf4 and multiply in the dtype of their input.
 
 Only weights shrink, what flows between layers does not. Embeddings, norms, convolutions and the head stay as they are.
-int8 is the more exact; nf4 is half as large, and slower than whole weights on a CPU.
+int8 is the most exact; fp8 is no smaller, and on a CPU slower. nf4 is half as large and slower than whole weights there.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # a network is only needed to look through it
     from collections.abc import Iterator
 
 # Bytes for each weight, scales included.
-FORMATS = {"int8": 1.0, "nf4": 0.5 + 2 / 64}
+FORMATS = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 2 / 64}
+FP8_LARGEST = 448.0
 NF4_BLOCK = 64
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero.
 # Source: QLoRA (arXiv 2305.14314), appendix E.
@@ -30,6 +31,7 @@ NF4_LEVELS = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+FP8_IN_HALF = -(2**15) + 0x3F80  # bits of float16 that fp8 can set: the sign and seven more, as an int16
 # Weights widened at a time on the CPU: 4 MB in float32, measured best between 0.5 and 8.
 WIDENED_AT_ONCE = 2**20
 # Rows of input up to which PyTorch's own product with int8 is faster than widening.
@@ -52,6 +54,9 @@ class QuantizedLinear(nn.Linear):
         device: where to keep the weight; the work is done there too. None = where it lies.
     """
 
+    codes: Tensor
+    scales: Tensor
+
     def __init__(self, linear: nn.Linear, weight_format: str, device: torch.device | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make the wide weight that this class avoids
         self.weight_format = weight_format
@@ -71,7 +76,7 @@ class QuantizedLinear(nn.Linear):
         return dequantize(*self._packed, dtype, self.in_features)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]  # what nn.Linear keeps is made here when it is read
         """The widened weight, for what reads a layer's weight: DoRA's norms, shapes, devices."""
         return self.widened(self.dtype)
 
@@ -97,14 +102,12 @@ class _FrozenProduct(torch.autograd.Function):
     """x W' that keeps neither x nor W for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, hidden_states: Tensor, layer: QuantizedLinear
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         return multiply_quantized(hidden_states, *layer._packed)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.layer.widened(gradient.dtype), None
 
 
@@ -141,7 +144,7 @@ def _multiply_part(hidden_states: Tensor, codes: Tensor, scales: Tensor, weight_
     if weight_format == "nf4":
         columns = hidden_states.shape[-1]
         return multiply(hidden_states, dequantize(codes, scales, weight_format, dtype, columns))
-    return multiply(hidden_states, codes.to(dtype)).mul_(scales.T)
+    return multiply(hidden_states, _unscaled(codes, dtype)).mul_(scales.T)
 
 
 @cache
@@ -164,18 +167,30 @@ def quantize(weight: Tensor, weight_format: str) -> tuple[Tensor, Tensor]:
         middles = (levels[1:] + levels[:-1]) / 2
         codes = torch.bucketize(padded / scales, middles).to(torch.uint8)
         return (codes[:, ::2] << 4) | codes[:, 1::2], scales.to(torch.bfloat16)
-    scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    largest = FP8_LARGEST if weight_format == "fp8" else 127.0
+    scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / largest
+    if weight_format == "fp8":
+        return (weight / scales).clamp(-largest, largest).to(torch.float8_e4m3fn), scales
     return (weight / scales).round().to(torch.int8), scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, weight_format: str, dtype: torch.dtype, columns: int) -> Tensor:
     """The weight (out, columns) again, up to what the format lost."""
     if weight_format != "nf4":
-        return codes.to(dtype) * scales.to(dtype)
+        return _unscaled(codes, dtype) * scales.to(dtype)
     # One look-up for the two weights of a byte.
     pairs = _nf4_pairs(codes.device, dtype)
     values = pairs.index_select(0, codes.flatten().int()).view(dtype).view(-1, NF4_BLOCK) * scales.to(dtype)
     return values.view(-1, columns + -columns % NF4_BLOCK)[:, :columns]
+
+
+def _unscaled(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    if codes.dtype != torch.float8_e4m3fn or codes.device.type != "cpu":
+        return codes.to(dtype)
+    # PyTorch's own cast takes the weights one by one. Here sign, exponent and mantissa go to where float16 has them,
+    # which counts exponents from 8 lower.
+    halves = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(FP8_IN_HALF)
+    return halves.view(torch.float16).float().mul_(2**8).to(dtype)
 
 
 @cache
@@ -188,10 +203,6 @@ def _nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def check_format(weight_format: str) -> None:
     """Raise BadInputError unless the name is one of FORMATS."""
-    if weight_format == "fp8":
-        raise BadInputError(
-            "fp8 is not offered for the weights of linear layers: int8 is as large and more exact.\nUse int8."
-        )
     if weight_format not in FORMATS:
         raise BadInputError(
             f'"{weight_format}" is no format for weights; choose one of {", ".join(FORMATS)}.'
@@ -223,6 +234,7 @@ def quantizable_layers(
     """(parent, name in it, layer) of each layer that quantize_network exchanges."""
     for parent in network.modules():
         for name, child in parent.named_children():
-            is_large = type(child) in PLAIN_LINEARS and child.weight.numel() >= at_least
-            if is_large and name not in SKIPPED:
+            if not isinstance(child, nn.Linear) or type(child) not in PLAIN_LINEARS or name in SKIPPED:
+                continue
+            if child.weight.numel() >= at_least:
                 yield parent, name, child

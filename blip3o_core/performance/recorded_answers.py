@@ -102,7 +102,7 @@ class AnswerRecorder(Recorder["AnswerRecording"]):
             places *= 2
 
         def make() -> AnswerRecording:
-            call = self._compiled if self.is_compiled and rows == 1 else PlacedTokens.step
+            call = self._compiled if self._compiled is not None and rows == 1 else PlacedTokens.step
             tokens = PlacedTokens(backbone, cache, places)
             # Filled, it has its tensors; empty, it has room for the calls that warm up.
             tokens.fill(cache, mask)
@@ -143,7 +143,8 @@ class RecordedSteps(PlainSteps):
         if self._recording is None or known == self._length:
             return
         for layer, pair in enumerate(cached_layers(self._recording.tokens.cache)):
-            self._cache.update(*(each[:, :, known : self._length].clone() for each in pair), layer)
+            keys, values = (each[:, :, known : self._length].clone() for each in pair)
+            self._cache.update(keys, values, layer)
         if self._mask is not None:
             self._mask = torch.cat(
                 [self._mask, self._mask.new_ones(len(self._mask), self._length - known)], dim=1

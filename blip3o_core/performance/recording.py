@@ -31,7 +31,9 @@ def can_compile(device: torch.device) -> bool:
         torch.compile(_increment)(torch.zeros(4, device=device))
     except Exception as error:  # every missing part has an error class of its own
         reason = str(error).strip().splitlines()
-        logger.warning("torch.compile does not work here, going on without it: %s", *reason[:1] or [error])
+        logger.warning(
+            "torch.compile does not work here, going on without it: %s", reason[0] if reason else error
+        )
         return False
     return True
 

@@ -22,13 +22,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...blip3o_core.checkpoints.fingerprints import component_fingerprint
 from ...blip3o_core.checkpoints.keys import COMPONENTS
 from ...blip3o_core.checkpoints.layout import CheckpointFiles
 from ...blip3o_core.checkpoints.safetensor_files import write_safetensors
 from ...blip3o_core.devices import free_memory, pick_device, pick_dtype
 from ...blip3o_core.errors import MissingFilesError, TrainingDataError
 from ...blip3o_core.language.prompts import IMAGE_BEGIN, generation_text
-from ...blip3o_core.picture_files import component_fingerprint
 from ...blip3o_core.pipeline import Blip3oPipeline, load_pipeline
 from ..config import LoraConfig
 from ..memory import OVERHEAD_BYTES

@@ -520,12 +520,12 @@ def _apply_metadata(
             wrong = f'In {METADATA_NAME} "split" must be one of {", ".join(SPLITS)}.'
             problems.add("error", "metadata", wrong, entry.name)
     if row.get("mask") and config.mask == "files":
-        mask = PurePosixPath(str(row["mask"]).replace("\\", "/"))
-        if inner_path(root, str(mask)) is None or not (root / mask).is_file():
+        mask = inner_path(root, row["mask"].replace("\\", "/")) if isinstance(row["mask"], str) else None
+        if mask is None or not os.path.isfile(mask):  # Path.is_file raises where a name is too long
             wrong = f"{METADATA_NAME} names masks that are not in the training set. Correct the names."
-            problems.add("error", "mask", wrong, quote(str(mask)).strip('"'))
+            problems.add("error", "mask", wrong, quote(row["mask"]).strip('"'))
         else:
-            entry.mask = FileSpan(root / mask)
+            entry.mask = FileSpan(mask)
 
 
 def _repeats(path: Path, root: Path, problems: _Problems) -> int:

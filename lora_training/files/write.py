@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...blip3o_core.checkpoints.fingerprints import component_fingerprint
 from ...blip3o_core.checkpoints.layout import CheckpointFiles
 from ...blip3o_core.checkpoints.match import needed_tensors
 from ...blip3o_core.checkpoints.safetensor_files import read_tensors, write_safetensors
 from ...blip3o_core.errors import WrongAdapterError
 from ...blip3o_core.lora.changes import CANONICAL, DIT, Change, split_key
 from ...blip3o_core.lora.files import BASE_KEY, WIDTH_KEY, LoraFile, dit_fingerprint, read_lora
-from ...blip3o_core.picture_files import component_fingerprint
 from ...blip3o_core.units import format_bytes
 from ..config import LoraConfig, to_tree
 from ..data.cache import template_hash

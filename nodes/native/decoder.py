@@ -143,7 +143,7 @@ class DecoderConfig(comfy.supported_models.SDXL):
     def __init__(
         self, settings: dict[str, Any], latent_format: DecoderLatents, scheduler: dict[str, Any]
     ) -> None:
-        self.latent_format = lambda: latent_format
+        self.latent_format: Any = lambda: latent_format  # ComfyUI calls it, and keeps what it returns
         super().__init__(settings)
         self.sampling_settings = {
             "beta_schedule": "linear",  # ComfyUI's word for diffusers' "scaled_linear"
@@ -258,7 +258,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae  # diffusers' AutoencoderKL, of which a type checker sees a stand-in
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Unscaled latents of pixels (B, 3, H, W) in [-1, 1]: the mean of the posterior."""

@@ -93,7 +93,7 @@ class SamplerDiT(NextDiT):
 
     dtype: torch.dtype
 
-    def forward(
+    def forward(  # type: ignore[override]  # called by ComfyUI, in its own words
         self,
         x: Tensor,
         timesteps: Tensor,
@@ -181,6 +181,7 @@ def load_dit_patcher(
     layers.prepare(dit, storage, compute)
     config = FeatureFlowConfig(FeatureFormat(dit.config.in_channels, rgb), storage, compute)
     dit.__class__ = SamplerDiT
+    assert isinstance(dit, SamplerDiT)
     dit.dtype = storage
     model = FeatureFlow(config, dit, fingerprint)
     return host.make_patcher(model, load_dit_patcher, (folder, dtype), disable_dynamic=disable_dynamic)

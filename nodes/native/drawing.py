@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import comfy.model_patcher
 import comfy.sample
@@ -16,12 +16,13 @@ from torch import Tensor
 from ...blip3o_core.config import PUBLISHED_CROP, PUBLISHED_ORIGINAL_SIZE
 from ...blip3o_core.drawing.decoding import drawable_size
 from ...blip3o_core.drawing.flow import sigma_schedule, skipped_steps
-from ...blip3o_core.drawing.noise import item_seeds, seeded_noise
+from ...blip3o_core.drawing.noise import seeded_noise
 from ...blip3o_core.drawing.sampling import to_tokens
 from ...blip3o_core.errors import BadInputError
 from ...blip3o_core.images import to_pil
 from ...blip3o_core.language.prompts import RECONSTRUCT_INSTRUCTION
 from ...blip3o_core.pipeline import PUBLISHED_NEGATIVE_PROMPT
+from ...blip3o_core.seeds import item_seeds
 from . import host
 from .decoder import FeatureDecoder
 from .dit import FeatureFlow, check_conditioning
@@ -30,8 +31,8 @@ from .sockets import BackboneHandle
 
 PUBLISHED = "published"
 GRID_SIDE = 8
-Patcher = comfy.model_patcher.ModelPatcher
-Conditioning = list[list[Any]]
+Patcher: TypeAlias = comfy.model_patcher.ModelPatcher
+Conditioning: TypeAlias = list[list[Any]]
 
 
 def encode_prompt(

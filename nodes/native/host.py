@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -92,7 +93,7 @@ def find_checkpoint(name: str) -> Path:
             f'Put it into "{roots[-1]}" and choose it from the list.'
         )
     for root in roots:
-        if (Path(root) / name).is_dir():
+        if os.path.isdir(Path(root) / name):
             return Path(root) / name
     raise MissingFilesError(
         f'There is no BLIP3-o checkpoint "{name}" in {" or ".join(roots)}.\n'
@@ -146,7 +147,7 @@ def user_file(annotated_name: str) -> Path:
         raise BadInputError(
             f'"{annotated_name}" leads out of ComfyUI\'s folders.\nChoose a file from the list of the widget.'
         )
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MissingFilesError(
             f'There is no file "{annotated_name}".\nPress "R" to refresh the list and choose one that exists.'
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def find_lora(name: str) -> Path:
             f"The LoRA {quote(name)} leads out of ComfyUI's LoRA folders.\nPut it into models/loras and choose it there."
         )
     for root in folder_paths.get_folder_paths("loras"):
-        if (Path(root) / name).exists():
+        if os.path.exists(Path(root) / name):
             return Path(root) / name
     raise MissingFilesError(
         f'There is no LoRA "{name}" in models/loras.\nPress "R" to refresh the list and choose one that exists.'

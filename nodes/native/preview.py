@@ -38,7 +38,8 @@ class RgbFactors:
 
 def fit(latents: Tensor, images: Tensor) -> RgbFactors:
     """The linear map that best tells the colours of images (B, H, W, 3) in [0, 1] from their latents (B, C, h, w)."""
-    colours = F.adaptive_avg_pool2d(images.movedim(-1, 1), latents.shape[-2:]) * 2 - 1
+    height, width = latents.shape[-2:]
+    colours = F.adaptive_avg_pool2d(images.movedim(-1, 1), (height, width)) * 2 - 1
     inputs = latents.float().movedim(1, -1).flatten(0, 2)
     mean = inputs.mean(0)
     targets = colours.movedim(1, -1).flatten(0, 2)

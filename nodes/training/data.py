@@ -79,6 +79,7 @@ def look_at_dataset(config: DataConfig) -> tuple[Image.Image, str]:
     report = replace(check(run_config(config)), memory=())
     if report.dataset is None:
         report.raise_for_errors()
+    assert report.dataset is not None
     return thumbnail_sheet(report.dataset, report.problems), to_widget_names(report.text())
 
 
@@ -173,8 +174,7 @@ def encode_training_set(
     from ...lora_training.data.cache import CacheKeys, cache_conditioning, cache_features, read_entry
 
     config = run_config(dataset.config)
-    report = check(config)
-    raise_for_errors(report)
+    checked = raise_for_errors(check(config))
     for handle in (backbone, image_encoder):
         if handle.patcher.patches or handle.patcher.object_patches:
             # What is kept on the disk is found again by the checkpoint, which does not tell of a LoRA.
@@ -183,12 +183,12 @@ def encode_training_set(
                 'Connect "Load BLIP3-o" directly.'
             )
     folder = runs_folder() / CACHE_FOLDER
-    cache_features(config, report.dataset, image_encoder.pipeline, folder, EncodingProgress())
-    cache_conditioning(config, report.dataset, (), backbone.pipeline, folder, EncodingProgress())
+    cache_features(config, checked, image_encoder.pipeline, folder, EncodingProgress())
+    cache_conditioning(config, checked, (), backbone.pipeline, folder, EncodingProgress())
     pictures = CacheKeys(config, image_encoder.files, image_encoder.dtype)
     prompts = CacheKeys(config, backbone.files, backbone.dtype)
     features, conditioning, texts = [], [], []
-    for item in report.dataset.train:
+    for item in checked.train:
         for view in read_entry(folder / pictures.features(item)):
             side = round(view.shape[0] ** 0.5)
             for prompt in item.prompts * item.repeats:
@@ -207,8 +207,8 @@ class EncodingProgress:
             comfy.utils.ProgressBar(event["total"]).update_absolute(event["done"])
 
 
-def raise_for_errors(report: Report) -> None:
-    """Refuse a dataset with errors, naming all of them in the words of the node.
+def raise_for_errors(report: Report) -> Dataset:
+    """The dataset of a report, or a refusal that names all of its errors in the words of the node.
 
     Raises:
         TrainingDataError: there are errors.
@@ -217,6 +217,8 @@ def raise_for_errors(report: Report) -> None:
         listed = "\n".join(str(problem) for problem in report.errors)
         count = f"{len(report.errors)} error" + ("s" if len(report.errors) > 1 else "")
         raise TrainingDataError(f"The dataset has {count} and cannot be used.\n{to_widget_names(listed)}")
+    assert report.dataset is not None
+    return report.dataset
 
 
 def ceiling_and_trigger(
@@ -240,9 +242,8 @@ def ceiling_and_trigger(
     from ...lora_training.check import check
     from ...lora_training.proof.ceiling import Ceiling
 
-    report = check(run_config(dataset.config))
-    raise_for_errors(report)
-    items = (*report.dataset.train, *report.dataset.held_out)[:count]
+    checked = raise_for_errors(check(run_config(dataset.config)))
+    items = (*checked.train, *checked.held_out)[:count]
     squares = []
     for item in items:
         picture = item.open()
@@ -256,7 +257,7 @@ def ceiling_and_trigger(
             'Choose the same checkpoint in "Load Image Encoder" and "Load BLIP3-o". '
             f"({features.shape[2]} channels, expected {require_decoder(decoder).feature_channels})"
         )
-    settings = {"seed": seed, "steps": steps, "cfg": cfg, "has_preview": False}
+    settings: dict[str, Any] = {"seed": seed, "steps": steps, "cfg": cfg, "has_preview": False}
     painted = to_pil(run_decoder(decoder, vae, to_grid(features, (side, side)), **settings))
     again = image_encoder.pipeline.encode_images(painted)
     cosines = F.cosine_similarity(features.flatten(1), again.flatten(1), dim=1).tolist()
@@ -265,9 +266,7 @@ def ceiling_and_trigger(
     )
     names = tuple(item.name for item in items)
     ceiling = Ceiling(names, originals, tuple(painted), tuple(cosines))
-    return ceiling.sheet(
-        columns=2
-    ), f"{ceiling.text()}\n{trigger_report(dataset.config, backbone, report.dataset)}"
+    return ceiling.sheet(columns=2), f"{ceiling.text()}\n{trigger_report(dataset.config, backbone, checked)}"
 
 
 def trigger_report(config: DataConfig, backbone: BackboneHandle, dataset: Dataset) -> str:

@@ -62,7 +62,7 @@ def find_dataset(name: str) -> Path:
             "Put your pictures into a folder inside ComfyUI's input folder, press R and choose it from the list."
         )
     for label, root in roots():
-        if label == place and (root / words).exists():
+        if label == place and os.path.exists(root / words):
             return root / words
     raise MissingFilesError(
         f'There is no folder "{name}".\n'

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import folder_paths
 from torch import Tensor
@@ -93,7 +93,11 @@ def save_lora(lora: Mapping[str, Tensor], name: str, *, dtype: str, trigger: str
 
 
 def merge_loras(
-    loras: Sequence[Mapping[str, Tensor]], weights: str, method: str, rank: int, checkpoint: str
+    loras: Sequence[Mapping[str, Tensor]],
+    weights: str,
+    method: Literal["concat", "svd"],
+    rank: int,
+    checkpoint: str,
 ) -> LoraModel:
     """One LoRA of several.
 

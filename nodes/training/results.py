@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import comfy.sd
 import torch
@@ -82,11 +83,12 @@ def compare_strengths(
             f"{len(texts)} prompts at {len(values)} strengths are {len(texts) * len(values)} pictures; at most "
             f"{MAX_PICTURES} fit in one grid.\nUse fewer."
         )
-    sampling = {"steps": feature_steps, "cfg": feature_cfg}
-    painting = {"seed": seed, "steps": pixel_steps, "cfg": pixel_cfg}
+    sampling: dict[str, Any] = {"steps": feature_steps, "cfg": feature_cfg}
+    painting: dict[str, Any] = {"seed": seed, "steps": pixel_steps, "cfg": pixel_cfg}
     columns = []
     for value in values:
         changed_dit, changed_backbone, _ = apply_file(file, dit, backbone, value, value)
+        assert changed_dit is not None and changed_backbone is not None
         encoded = [encode_prompt(changed_backbone, text, "", None) for text in texts]
         features = [
             run_dit(changed_dit, [[positive, {}]], [[negative, {}]], seed=seed, **sampling)

@@ -140,7 +140,7 @@ def write_benchmark_images(
     Raises:
         MissingFilesError, BadInputError: see read_tasks; also pictures in the folder made with other settings.
     """
-    from ...blip3o_core.picture_files import checkpoint_fingerprint
+    from ...blip3o_core.checkpoints.fingerprints import checkpoint_fingerprint
 
     benchmark = _benchmark(name)
     if samples is not None and benchmark.is_samples_fixed and samples != benchmark.samples:

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from ...blip3o_core.checkpoints.save import write_json
 from ...blip3o_core.drawing.decoding import decode_features
-from ...blip3o_core.drawing.noise import item_seeds, seeded_noise
+from ...blip3o_core.drawing.noise import seeded_noise
 from ...blip3o_core.drawing.presets import PRESETS
 from ...blip3o_core.drawing.sampling import FeatureSettings, sample_features
 from ...blip3o_core.errors import BadInputError
 from ...blip3o_core.images import to_pil
+from ...blip3o_core.seeds import item_seeds
 from ..recipe import CONFIGS, Recipe, read_config
 from ..stages.encoder import GRID
 from ..stages.generation import encode_prompts, tokens_to_latents

@@ -11,9 +11,9 @@ import transformers
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.checkpoints.load import load_backbone
 from comfyui_blip3o.blip3o_core.errors import Blip3oError
-from comfyui_blip3o.blip3o_core.language import cache_check
-from comfyui_blip3o.blip3o_core.language.cache_check import require_working_cache
 from comfyui_blip3o.blip3o_core.models import backbone as module
+from comfyui_blip3o.blip3o_core.models import cache_check
+from comfyui_blip3o.blip3o_core.models.cache_check import require_working_cache
 
 
 @pytest.fixture(autouse=True)

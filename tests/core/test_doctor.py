@@ -23,8 +23,8 @@ from comfyui_blip3o.blip3o_core import doctor, self_test, versions
 from comfyui_blip3o.blip3o_core.config import BUILT_IN_MODEL
 from comfyui_blip3o.blip3o_core.devices import pick_device
 from comfyui_blip3o.blip3o_core.doctor import Diagnosis, anonymous, diagnose, start_up_report
-from comfyui_blip3o.blip3o_core.language.cache_check import require_working_cache
 from comfyui_blip3o.blip3o_core.models.backbone import Backbone
+from comfyui_blip3o.blip3o_core.models.cache_check import require_working_cache
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
 from comfyui_blip3o.blip3o_core.versions import check_version, release
 from comfyui_blip3o.cli import main

@@ -247,6 +247,14 @@ def test_a_file_in_diffusers_naming_takes_its_strength_from_the_metadata():
     torch.testing.assert_close(file.changes["dit", LAYER].delta(weight), 8 / 4**0.5 * up @ down)
 
 
+def test_a_lokr_of_whole_matrices_may_leave_its_rank_empty():
+    left, right = pair(rows=4, columns=8, rank=4)
+    tensors = {f"transformer.{LAYER}.lokr_w1": left, f"transformer.{LAYER}.lokr_w2": right}
+    file = LoraFile("k", tensors, {"lora_adapter_metadata": json.dumps({"transformer.r": None})})
+    expected = torch.kron(left, right)
+    torch.testing.assert_close(file.changes["dit", LAYER].delta(torch.zeros(expected.shape)), expected)
+
+
 def test_a_lora_of_another_size_is_refused_by_name(pipe: Blip3oPipeline):
     with pytest.raises(WrongAdapterError, match='"big" was trained for a model of another size'):
         pipe.load_lora(LoraFile("big", lora_tensors(rows=32, columns=1792)))

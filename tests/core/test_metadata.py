@@ -6,20 +6,14 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from comfyui_blip3o.blip3o_core.checkpoints.fingerprints import checkpoint_fingerprint, component_fingerprint
 from comfyui_blip3o.blip3o_core.checkpoints.layout import open_checkpoint
 from comfyui_blip3o.blip3o_core.drawing.decoding import PixelSettings
 from comfyui_blip3o.blip3o_core.drawing.presets import Generation
 from comfyui_blip3o.blip3o_core.drawing.sampling import FeatureSettings
 from comfyui_blip3o.blip3o_core.errors import BadInputError
 from comfyui_blip3o.blip3o_core.lora.files import dit_fingerprint
-from comfyui_blip3o.blip3o_core.picture_files import (
-    PNG_KEY,
-    checkpoint_fingerprint,
-    component_fingerprint,
-    describe_picture,
-    read_note,
-    save_png,
-)
+from comfyui_blip3o.blip3o_core.picture_files import PNG_KEY, describe_picture, read_note, save_png
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo

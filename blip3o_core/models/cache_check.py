@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import Blip3oError
-from ..models.backbone import Backbone
+from .backbone import Backbone
 
 TOKENS, READ_AT_ONCE, PADDING = 6, 3, 2
 # Between float32 sums of a few numbers in another order; a token that sees only itself differs by about 1.
