@@ -332,7 +332,10 @@ def file_tree() -> str:
     listing = subprocess.run(
         ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    tracked = [Path(line) for line in listing.stdout.splitlines() if (ROOT / line).is_file()]
+    names = sorted(
+        set(listing.stdout.splitlines())
+    )  # while a merge is open, git names a file up to three times
+    tracked = [Path(name) for name in names if (ROOT / name).is_file()]
     folders: dict[Path, list[Path]] = {Path(): []}
     for name in TREE_FOLDERS:
         for path in tracked:
