@@ -335,7 +335,7 @@ def test_a_script_is_utf_8_whatever_the_terminal_s_encoding(
     assert json.loads(capsys.readouterr().out)[0]["text"] == "grün ?"
     feed(monkeypatch, b"gr\xfcn ?\n", encoding="cp1252")
     assert main(["chat", *model]) == 2
-    assert "no UTF-8" in capsys.readouterr().err
+    assert "not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("written", ['"{}"', "'{}'", "~/my pictures/given.png", "{}"])
@@ -366,7 +366,7 @@ def test_a_person_who_errs_goes_on_talking(
     assert main(["chat", "--max-tokens", "3", "--json", *model]) == 0
     out, err = capsys.readouterr()
     assert [turn["text"] for turn in json.loads(out)][::2] == ["What ?"]
-    for fragment in ("There is no picture", "cannot be written", "no command", 'says "<image>" 1 time(s)'):
+    for fragment in ("There is no picture", "cannot be written", "not a command", 'says "<image>" 1 time(s)'):
         assert fragment in err
     assert "Errno" not in err
 

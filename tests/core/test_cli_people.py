@@ -337,7 +337,7 @@ def test_a_reader_that_has_enough_ends_a_command_quietly(tmp_path: Path, argumen
 def test_bytes_that_are_no_text_are_told(arguments: list[bytes]) -> None:
     done = subprocess.run([sys.executable.encode(), b"-c", LAUNCH.encode(), *arguments], capture_output=True)
     assert done.returncode == 2
-    assert b"no UTF-8" in done.stderr and b"Traceback" not in done.stderr
+    assert b"not UTF-8" in done.stderr and b"Traceback" not in done.stderr
 
 
 # Chat
