@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .nodes import Blip3oExtension
@@ -22,7 +22,7 @@ _FROM_CORE = (
 )
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     # ComfyUI asks for NODE_CLASS_MAPPINGS and the like first: what is not ours is told without an import.
     if name not in _FROM_CORE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

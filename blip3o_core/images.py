@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import BadInputError
+from .untrusted import brief
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -40,7 +41,7 @@ def load_image(path: str | Path) -> Image.Image:
         raise BadInputError(f'There is no picture "{path}".\nCheck the path.') from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInputError(
-            f'"{path}" cannot be opened as a picture ({error}).\nUse a complete PNG, JPEG or WebP file.'
+            f'"{path}" cannot be opened as a picture ({brief(error)}).\nUse a complete PNG, JPEG or WebP file.'
         ) from error
 
 

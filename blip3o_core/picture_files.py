@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from .drawing.presets import Generation
 from .errors import BadInputError
 from .files import replacing
-from .untrusted import parse_object
+from .untrusted import brief, parse_object
 
 PNG_KEY = "blip3o"
 FORMAT_VERSION = 1
@@ -52,7 +52,7 @@ def read_note(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BadInputError(f'There is no picture "{path}".\nCheck the path.') from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise BadInputError(f'"{path}" cannot be opened as a picture ({error}).') from error
+        raise BadInputError(f'"{path}" cannot be opened as a picture ({brief(error)}).') from error
     if text is None:
         raise BadInputError(
             f'"{path}" does not say how it was made.\n'
@@ -63,7 +63,7 @@ def read_note(path: str | Path) -> dict[str, Any]:
         is_newer = description.get("version", 0) > FORMAT_VERSION
     except (ValueError, TypeError) as error:
         raise BadInputError(
-            f'The note in "{path}" on how it was made cannot be understood ({error}).\n'
+            f'The note in "{path}" on how it was made cannot be understood ({brief(error)}).\n'
             "Write prompt and settings yourself."
         ) from error
     if is_newer:

@@ -18,6 +18,7 @@ MAX_HEADER_BYTES = 100 * 2**20
 # Digits of a number, layers of a network, sides of a picture: whatever a file counts has fewer.
 MAX_DIGITS = 9
 MAX_QUOTED = 120
+MAX_WORDS = 300
 # Systems allow 255 bytes a part; numbers and endings are added.
 MAX_NAME_BYTES = 200
 MAX_NAME_PARTS = 20
@@ -36,7 +37,13 @@ def quote(value: Any) -> str:
         text = f'"{value}"' if isinstance(value, str) else _short.repr(value)
     except ValueError:  # Python prints no number of more than some thousand digits
         text = "a number of thousands of digits"
-    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 3]}..."
+    return brief(text, MAX_QUOTED)
+
+
+def brief(words: object, most: int = MAX_WORDS) -> str:
+    """What a library says of a file, for a message: it may repeat any length of the file."""
+    text = str(words)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -125,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = parse_json(path.read_bytes())
     except ValueError as error:
         raise WrongCheckpointError(
-            f'"{path.name}" in "{path.parent}" is not readable JSON.\nDelete it and download it again. ({error})'
+            f'"{path.name}" in "{path.parent}" is not readable JSON.\nDelete it and download it again. ({brief(error)})'
         ) from error
     if not isinstance(value, dict):
         raise WrongCheckpointError(f'"{path}" holds no JSON object.\nDelete it and download it again.')

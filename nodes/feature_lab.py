@@ -17,6 +17,7 @@ from ..blip3o_core.checkpoints.safetensor_files import write_safetensors
 from ..blip3o_core.drawing.sampling import to_grid
 from ..blip3o_core.errors import BadInputError
 from ..blip3o_core.images import to_pil
+from ..blip3o_core.untrusted import brief
 from .native import host
 from .native.sockets import ImageEncoderHandle, ImageEncoderType, feature_grid, features_latent
 from .native.widgets import parse_weights
@@ -324,7 +325,7 @@ class LoadFeatures(io.ComfyNode):
                 grid = opened.get_tensor(FILE_KEY)
         except Exception as error:  # the library raises its own class, OSError and others
             raise BadInputError(
-                f'"{file}" holds no image features.\nChoose a file that "Save Image Features (BLIP3-o)" wrote. ({error})'
+                f'"{file}" holds no image features.\nChoose a file that "Save Image Features (BLIP3-o)" wrote. ({brief(error)})'
             ) from error
         return io.NodeOutput(features_latent(host.to_intermediate(grid)))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WrongCheckpointError
-from ..untrusted import quote
+from ..untrusted import brief, quote
 from .safetensor_files import refuse_lfs_pointer
 
 # Before it, weights_only did not keep a pickle from running code (CVE-2025-32434).
@@ -45,7 +45,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle may end in anything, even inside weights_only
         raise WrongCheckpointError(
             f'"{path.name}" in "{path.parent}" cannot be read: it is cut short or no PyTorch file '
-            f"({path.stat().st_size:,} bytes).\nDelete it and download it again. ({error})"
+            f"({path.stat().st_size:,} bytes).\nDelete it and download it again. ({brief(error)})"
         ) from error
     for _ in NESTS:
         nested = next(

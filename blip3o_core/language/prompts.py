@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..errors import BadInputError, MissingFilesError, WrongCheckpointError
+from ..untrusted import brief
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 GENERATE_INSTRUCTION = "Please generate image based on the following caption: {prompt}"
@@ -216,7 +217,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises the bare class
             raise WrongCheckpointError(
-                f'"tokenizer.json" in "{folder}" cannot be read.\nDelete it and download it again. ({error})'
+                f'"tokenizer.json" in "{folder}" cannot be read.\nDelete it and download it again. ({brief(error)})'
             ) from error
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         # transformers 5 makes this name when it is first asked for, which no type checker sees.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import model_words
 from ..errors import MissingFilesError, WrongAdapterError
-from ..untrusted import parse_object, quote, whole_number
+from ..untrusted import brief, parse_object, quote, whole_number
 from .changes import (
     BACKBONE,
     DIT,
@@ -390,7 +390,7 @@ def _read_peft_folder(folder: Path) -> LoraFile:
             config = parse_object(config_path.read_bytes())
         except (ValueError, OSError) as error:
             raise WrongAdapterError(
-                f'{PEFT_CONFIG} in "{folder.name}" cannot be read ({error}).\nCopy or download it again.'
+                f'{PEFT_CONFIG} in "{folder.name}" cannot be read ({brief(error)}).\nCopy or download it again.'
             ) from error
         found, notes = _read_tensors(weights, folder.name)
         tensors |= from_peft(found, config)
@@ -413,7 +413,7 @@ def _read_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, s
     except Exception as error:  # the library raises its own class, OSError and others
         raise WrongAdapterError(
             f'The LoRA "{name}" cannot be read; it is cut short or no safetensors file.\n'
-            f"Copy or download it again. ({error})"
+            f"Copy or download it again. ({brief(error)})"
         ) from error
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:

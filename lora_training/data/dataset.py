@@ -21,7 +21,7 @@ from ...blip3o_core.config import PICTURE_SUFFIXES
 from ...blip3o_core.errors import MissingFilesError, TrainingDataError
 from ...blip3o_core.file_span import FileSpan
 from ...blip3o_core.images import to_rgb
-from ...blip3o_core.untrusted import inner_path, parse_object, quote, whole_number
+from ...blip3o_core.untrusted import brief, inner_path, parse_object, quote, whole_number
 from ..config import DataConfig, LoraConfig
 
 # Pictures to an artist, but Pillow needs a plugin for them, or cannot read them at all.
@@ -456,7 +456,7 @@ def _read_metadata(root: Path, problems: _Problems) -> dict[str, dict[str, Any]]
     try:
         lines = (root / METADATA_NAME).read_text("utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as error:
-        text = f"{METADATA_NAME} cannot be read as UTF-8 text ({error}). Save it anew as UTF-8."
+        text = f"{METADATA_NAME} cannot be read as UTF-8 text ({brief(error)}). Save it anew as UTF-8."
         problems.add("error", "metadata", text)
         return rows
     for number, line in enumerate(lines, start=1):
@@ -567,9 +567,7 @@ def _read_tar(path: Path, config: DataConfig, problems: _Problems) -> list[_Foun
                     span = FileSpan(path, member.offset_data, member.size)
                     members.setdefault(match[1], {})[f".{match[2].lower()}"] = (member.name, span)
     except (tarfile.TarError, EOFError, OSError) as error:
-        text = (
-            f"The training set is no complete, uncompressed tar ({error}). Pack it again, or name a folder."
-        )
+        text = f"The training set is no complete, uncompressed tar ({brief(error)}). Pack it again, or name a folder."
         problems.add("error", "unreadable", text, path.name)
     found = []
     for key in sorted(members):
@@ -644,7 +642,7 @@ def _cause(data: bytes, error: Exception) -> str:
         return "These pictures are too large to open safely (over 178 megapixels). Save them smaller."
     if "truncated" in str(error).lower() or isinstance(error, EOFError):
         return "These pictures are cut short: the copy or download stopped half way."
-    return f"These pictures are damaged ({error})."
+    return f"These pictures are damaged ({brief(error)})."
 
 
 # Prompts and held-out pictures

@@ -29,3 +29,25 @@ def pipeline(tiny_folder: Path):
     from comfyui_blip3o.blip3o_core.pipeline import load_pipeline
 
     return load_pipeline(tiny_folder, dtype="fp32", device="cpu")
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> list[str]:
+    """Options of the command line that name the tiny checkpoint."""
+    return ["--model", str(tiny_folder), "--dtype", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    """Path of a picture to give to the command line."""
+    path = tmp_path / "given.png"
+    tiny_models.picture().save(path)
+    return str(path)
+
+
+@pytest.fixture
+def nothing_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that reads a network."""
+    from comfyui_blip3o.blip3o_core.networks import Networks
+
+    monkeypatch.setattr(Networks, "get", lambda self, name: pytest.fail(f"{name} was read"))

@@ -36,18 +36,6 @@ COMMANDS = (
 QUICK = ["--steps", "2", "--pixel-steps", "2", "--quiet"]
 
 
-@pytest.fixture
-def model(tiny_folder: Path) -> list[str]:
-    return ["--model", str(tiny_folder), "--dtype", "fp32", "--device", "cpu"]
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "given.png"
-    tiny_models.picture().save(path)
-    return str(path)
-
-
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
     capsys.readouterr()
     assert main([*arguments, "--json"]) == 0

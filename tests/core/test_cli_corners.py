@@ -17,31 +17,11 @@ from comfyui_blip3o.blip3o_core.language.rows import pixel_limits
 from comfyui_blip3o.blip3o_core.networks import Networks
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
 from comfyui_blip3o.cli import main
+from command_line import LAUNCH
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "1", "--pixel-steps", "1", "--quiet"]
 NO_TEXT = "caf\udce9"  # what Python makes of the bytes "caf\xe9" on a command line
-LAUNCH = (
-    f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest; "
-    "from comfyui_blip3o.cli import main; sys.exit(main())"
-)
-
-
-@pytest.fixture
-def model(tiny_folder: Path) -> list[str]:
-    return ["--model", str(tiny_folder), "--dtype", "fp32", "--device", "cpu"]
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "given.png"
-    tiny_models.picture().save(path)
-    return str(path)
-
-
-@pytest.fixture
-def nothing_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Networks, "get", lambda self, name: pytest.fail(f"{name} was read"))
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, content: bytes, encoding: str = "utf-8") -> None:

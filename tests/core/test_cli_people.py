@@ -11,42 +11,17 @@ import pytest
 import tiny_models
 from comfyui_blip3o.blip3o_core.drawing.request import DrawRequest
 from comfyui_blip3o.blip3o_core.errors import Blip3oError
-from comfyui_blip3o.blip3o_core.networks import Networks
 from comfyui_blip3o.blip3o_core.pipeline import Blip3oPipeline
 from comfyui_blip3o.cli import main
+from command_line import LAUNCH
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--steps", "2", "--pixel-steps", "2", "--quiet"]
-LAUNCH = (
-    f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest; "
-    "from comfyui_blip3o.cli import main; sys.exit(main())"
-)
-
-
-@pytest.fixture
-def model(tiny_folder: Path) -> list[str]:
-    return ["--model", str(tiny_folder), "--dtype", "fp32", "--device", "cpu"]
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> str:
-    path = tmp_path / "given.png"
-    tiny_models.picture().save(path)
-    return str(path)
-
-
-@pytest.fixture
-def nothing_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Networks, "get", lambda self, name: pytest.fail(f"{name} was read"))
 
 
 def given(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
-
-
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([sys.executable, "-c", LAUNCH, *arguments], capture_output=True, **options)
 
 
 # Known beforehand

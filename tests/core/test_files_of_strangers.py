@@ -247,3 +247,12 @@ def test_a_deeply_nested_note_is_one_sentence(
     tiny_models.picture().save(tmp_path / "deep.png", pnginfo=info)
     assert main(["generate", "--like", str(tmp_path / "deep.png"), "--model", str(tiny_folder)]) == 2
     assert "deep.png" in capsys.readouterr().err
+
+
+def test_a_lora_whose_header_is_nonsense_is_told_in_a_few_words(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": "x" * 10_000, "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(WrongAdapterError, match="cannot be read") as caught:
+        read_lora(path)
+    assert len(str(caught.value)) < 1000

@@ -24,7 +24,7 @@ from comfyui_blip3o.blip3o_core.errors import Blip3oError
 
 from .targets import TARGETS, Target
 
-# What a file below 1 MB may cost: the issue of safety promises no more.
+# The most that a small file may cost.
 SECONDS = 10.0
 BYTES_BEYOND = 2**30 + 2**28
 MAX_MESSAGE = 4000
@@ -37,7 +37,8 @@ class Outcome:
     """How a case ended.
 
     Attributes:
-        kind: read, named (an error of the program's own), raw (any other), hang, memory, killed, outside or executed.
+        kind: read, named (an error of the program's own), raw (any other), hang, memory, killed, outside,
+            executed or leftover.
         detail: the message, or the last lines of the traceback.
     """
 
