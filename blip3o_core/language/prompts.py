@@ -123,7 +123,7 @@ def check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         shown = text.encode("utf-8", "replace").decode("utf-8")
         raise BadInputError(
-            f'The text "{shown[:80]}" holds bytes that are no UTF-8 text.\nWrite it again, or save the file as UTF-8.'
+            f'The text "{shown[:80]}" holds bytes that are not UTF-8 text.\nWrite it again, or save the file as UTF-8.'
         ) from error
 
 
