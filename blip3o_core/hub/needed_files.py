@@ -20,7 +20,7 @@ from ..checkpoints.layout import (
 )
 from ..config import PUBLISHED_REPOS, PUBLISHED_SIZES
 from ..errors import BadInputError, MissingFilesError, WrongCheckpointError
-from ..untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES, parse_object
+from ..untrusted import MAX_HEADER_BYTES, MAX_JSON_BYTES, parse_object, quote
 from .client import Hub, Listing, RemoteFile
 
 ALIASES = {PUBLISHED_SIZES[width].lower(): repo for width, repo in PUBLISHED_REPOS.items()}
@@ -72,7 +72,7 @@ def resolve_repo(name: str) -> str:
         is_repo = False
     if not is_repo:
         raise BadInputError(
-            f'"{name}" is not a model that can be downloaded.\n'
+            f"{quote(name)} is no repository name, and no short one of a published model.\n"
             f"Write {' or '.join(ALIASES)} for the published models, or the name of a hub repository "
             f'such as "{ALIASES["8b"]}".'
         )

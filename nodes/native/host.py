@@ -121,6 +121,11 @@ def save_path(filename_prefix: str, suffix: str) -> Path:
         BadInputError: the prefix cannot begin the name of a file.
     """
     # A number follows, so that any ending of the words themselves is fine.
+    if not is_inner_name(f"{filename_prefix}_"):
+        raise BadInputError(
+            f"{quote(filename_prefix)} would lie outside the output folder, or is a name that some system cannot have.\n"
+            "Write a name, or folder/name, below ComfyUI's output folder."
+        )
     if not is_new_name(f"{filename_prefix}_") or not filename_prefix.strip() or filename_prefix[-1] in "/\\":
         raise BadInputError(
             f"{quote(filename_prefix)} cannot begin the name of a file.\n"

@@ -11,6 +11,8 @@ from comfyui_server import Server, Socket, error_of
 from fake_hub import FakeHub, FakeRepo, running_hub
 
 REPOSITORY = "someone/BLIP3o-mini"
+# Both parts of the name: a stranger's repository never lands where another one's files lie.
+FOLDER = "someone--BLIP3o-mini"
 SHOW, FETCH = "show what would be fetched", "download"
 
 
@@ -48,7 +50,7 @@ def graph(action: str, repository: str = REPOSITORY) -> dict[str, Any]:
 def test_asking_what_would_be_fetched_fetches_nothing(online: Server, hub: FakeHub):
     (text,) = online.run(graph(SHOW))["1"]["text"]
     assert REPOSITORY in text and "to fetch" in text and "model-00001-of-00002.safetensors" in text
-    assert not (online.base / "models" / "blip3o" / "BLIP3o-mini").exists()
+    assert not (online.base / "models" / "blip3o" / FOLDER).exists()
     assert hub.sent("model-00001-of-00002.safetensors") == 0
 
 
@@ -61,7 +63,7 @@ def test_a_download_reports_progress_and_gives_a_folder_that_draws(online: Serve
     assert entry["status"]["status_str"] == "success", error_of(entry)
     assert "text" in kinds and "progress" in kinds
     assert "complete" in entry["outputs"]["1"]["text"][0]
-    assert online.run(api_graphs.text_to_image("BLIP3o-mini"))["5"]["images"]
+    assert online.run(api_graphs.text_to_image(FOLDER))["5"]["images"]
 
 
 def test_running_it_again_fetches_nothing(online: Server, hub: FakeHub):
